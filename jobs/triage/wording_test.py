@@ -1,0 +1,170 @@
+"""The test split's wording, written apart: no name, phrase or run of five words of `wording_train.py` occurs in it.
+
+Half of the kinds of device are known from train, the others are new.
+"""
+
+from __future__ import annotations
+
+from jobs.triage.bank import Bank, words
+
+TEST = Bank(
+    brands=words("""
+        Osprey Basalt Comet Drift Everest Fable Garnet Heron Iris Jade Kodiak Larch Mistral Nickel
+        Oasis Pebble Quasar Rowan Saffron Tempo Ursa Vesper Walden Yarrow Zircon Altiva Brindo
+        Celeno Dorado Estrel Fenwick Gimbal
+    """),
+    models=["Max", "Lite", "Go", "Z3", "T8", "450", "B20", "Ultra", "QX"],
+    devices={
+        "network": ["router", "switch", "firewall", "modem", "network hub", "Wi-Fi mesh"],
+        "print": ["printer", "scanner", "copier", "plotter", "ink printer", "receipt printer"],
+        "video": ["camera", "projector", "monitor", "webcam", "security camera", "LED display"],
+    },
+    problems={
+        "billing": [
+            "our bank statement lists the {p} payment [double|two times over]",
+            "the sum on [my|our] {p} bill [is off|cannot be right]",
+            "tax was [calculated|added] incorrectly on the {p} [receipt|invoice]",
+            "you keep sending [dunning letters|reminders to pay] though the {p} is paid for",
+            "the price taken for the {p} is higher than [quoted|agreed]",
+            "[please|kindly] issue a fresh invoice, the {p} one carries our former company name",
+            "I dispute the charge for the {p}",
+            "the rebate promised for the {p} does not appear on the bill",
+        ],
+        "delivery": [
+            "still waiting for the {p} to turn up",
+            "the package containing [our|my] {p} went astray",
+            "the driver handed the {p} to a neighbour",
+            "you shipped something other than the {p}",
+            "the {p} was due [a week ago|on {d}] and never showed up",
+            "where is my {p} now, the tracking page is silent",
+            "the carton holding the {p} got soaked in transit",
+            "the parcel service claims it delivered the {p}, yet nothing reached us",
+        ],
+        "defect": [
+            "the {p} [died on us|quit] overnight",
+            "[my|our] {p} powers off by itself",
+            "smoke came out of [my|our] {p}",
+            "the {p} hangs [after a few minutes|whenever it warms up]",
+            "nothing happens when I press the power button on the {p}",
+            "the {p} is faulty and beeps non-stop",
+            "the casing of [my|our] {p} has split and it rattles",
+            "since [yesterday|{d}] the {p} has been malfunctioning",
+        ],
+        "access": [
+            "the {p} keeps answering wrong credentials",
+            "my PIN no longer opens the {p} menu",
+            "please unlock my user on the {p}",
+            "I have lost the passcode to the {p}",
+            "the {p} will not let me log on",
+            "signing in on the {p} fails with invalid password",
+            "my account on the {p} got suspended",
+            "permission denied is all the {p} tells me at login",
+        ],
+        "setup": [
+            "could somebody walk me through configuring the {p}",
+            "[I'm|I am] unsure which driver to pick for the {p}",
+            "what would be the best place to [put|install] the {p}",
+            "looking for instructions on [pairing|installing] the {p}",
+            "is the {p} compatible with older [laptops|computers]",
+            "how should the {p} be wired up",
+            "please tell me the steps to get started with the {p}",
+            "we would like advice on configuring a new {p}",
+        ],
+    },
+    impacts={
+        "one": [
+            "no one apart from me is bothered",
+            "it concerns one person, namely me",
+            "the others get on with their day",
+            "just [the receptionist|our apprentice|Olga] is held up",
+            "my coworkers do not see it",
+            "a lone computer is concerned",
+            "I alone have this trouble",
+            "it is an individual problem at my workstation",
+        ],
+        "some": [
+            "the [warehouse|logistics|legal|research] crew is idle",
+            "eight people in my group are unable to continue",
+            "a couple of teammates see it too",
+            "part of the office is held up",
+            "the [legal|quality|payroll] department sits waiting",
+            "around a third of the users suffer from it",
+            "a dozen colleagues on my corridor cannot proceed",
+            "two of our teams have come to a stop",
+        ],
+        "all": [
+            "not a single person in the firm can carry on",
+            "all {n}0 shops stand still",
+            "our whole organisation has ground to a halt",
+            "it hits each and every member of staff",
+            "everybody in the company is idle",
+            "operations are down across all locations",
+            "the entire workforce sits idle",
+            "every one of our offices is out of action",
+        ],
+    },
+    orders=[
+        "purchase order {o}",
+        "the order carries number {o}",
+        "bought with order {o}",
+        "look up {o}, that is the order",
+        "my order confirmation reads {o}",
+        "[order:|Order no:] {o}",
+        "it belongs to order {o}",
+        "from order {o}",
+    ],
+    plans=[
+        "our subscription level is {t}",
+        "we subscribed to {t}",
+        "we hold a {t} subscription",
+        "service plan {t}",
+        "our account is {t} tier",
+        "you list us as {t}",
+    ],
+    refunds=[
+        "please reimburse us {m}",
+        "give me back the {m}",
+        "{m} should be refunded to our account",
+        "we would appreciate {m} being returned to our card",
+        "I am claiming a refund, {m} to be exact",
+        "kindly transfer the {m} back",
+    ],
+    security=[
+        "we suspect an intruder in our system",
+        "ransomware popped up",
+        "an unauthorised person got in",
+        "confidential files were exposed",
+        "we noticed a suspicious sign-in at night",
+        "our credentials were compromised by hackers",
+        "it looks like a cyber attack",
+        "somebody we do not know logged in as admin",
+    ],
+    distractors=[
+        "the sticker underneath says {x}",
+        "the inventory label reads {x}",
+        "I sit in building {n}{n}",
+        "we are loyal clients of many years",
+        "a technician was here on {d}",
+        "it stands in the lobby",
+        "your chatbot sent me here",
+        "I am back at my desk on {d}",
+        "call me on 020 {n}{n}{n}{n} if needed",
+        "we use it daily",
+    ],
+    greetings=[
+        "Good afternoon",
+        "Greetings",
+        "To whom it may concern",
+        "Good evening",
+        "Dear service desk",
+        "Hiya",
+    ],
+    closings=[
+        "Yours faithfully",
+        "Many thanks",
+        "Looking forward to your reply",
+        "With best wishes, [Olaf|Rosa|Sven]",
+        "Appreciate your help",
+        "Thx",
+    ],
+)

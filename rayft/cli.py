@@ -1,0 +1,150 @@
+"""The command line: one short function per verb, its imports inside, so that `rayft --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable
+
+from rayft.errors import EXIT_CODES, RayftError
+
+EPILOG = "exit codes: " + " · ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train: start a run, or resume the one of that name."""
+    from rayft.spec import load_job
+    from rayft.train.run import run as run_job
+
+    return run_job(load_job(args.job, args.overrides), takeover=args.takeover)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Look at the data as it would be trained on; no training, no GPU."""
+    from rayft.spec import load_job
+    from rayft.train.inspect import check_job
+
+    return check_job(load_job(args.job, args.overrides), samples=args.samples)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Memory per rank for every ZeRO stage, from the model's config alone; after a run also what was measured."""
+    from rayft.spec import load_job
+    from rayft.train.inspect import plan_job
+
+    return plan_job(load_job(args.job, args.overrides))
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write a run's checkpoint as Hugging Face safetensors; merges an adapter with --merge."""
+    from rayft.train.finish import export_run
+
+    return export_run(args.run, args.out, step=args.step, merge=args.merge)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure a model, or a run's model, on the suites of a job file."""
+    from rayft.spec import load_job
+    from rayft.train.inspect import evaluate_model
+
+    return evaluate_model(load_job(args.job, args.overrides), args.model)
+
+
+def schema(args: argparse.Namespace) -> int:
+    """Print the JSON schema of a job file."""
+    from rayft.spec import job_schema
+
+    print(json.dumps(job_schema(), indent=2))
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Talk to a model: a folder, a hub id, or a run."""
+    from rayft.generate.chat import chat as chat_with
+
+    return chat_with(args.model, prompt=args.prompt, system=args.system, max_new_tokens=args.max_new_tokens)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    top = argparse.ArgumentParser(
+        prog="rayft",
+        description="Fine-tune language models on Ray: exact, restartable, visible.",
+        epilog=EPILOG,
+    )
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(
+        name: str, function: Callable[[argparse.Namespace], int], *, job: bool = False
+    ) -> argparse.ArgumentParser:
+        summary = (function.__doc__ or "").strip()
+        sub = verbs.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        # Also after the verb, where people add it.
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        if job:
+            sub.add_argument("job", help="job file, such as jobs/demo.yaml")
+            sub.add_argument(
+                "overrides",
+                nargs="*",
+                metavar="group.key=value",
+                help="values that replace those of the file",
+            )
+        return sub
+
+    verb("run", run, job=True).add_argument(
+        "--takeover", action="store_true", help="take the run over from a driver that is known to be gone"
+    )
+    verb("check", check, job=True).add_argument(
+        "--samples", type=int, default=3, help="rows shown with their trained tokens (default 3)"
+    )
+    verb("plan", plan, job=True)
+    sub = verb("export", export)
+    sub.add_argument("run", help="run folder, local or s3://")
+    sub.add_argument("out", help="folder or s3:// prefix to write to")
+    sub.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
+    sub.add_argument(
+        "--merge", action="store_true", help="merge the adapter into the model, in fp32, and prove it"
+    )
+    verb("eval", evaluate, job=True).add_argument(
+        "--model", help="model to measure instead of the job's run: folder, hub id or run folder"
+    )
+    verb("schema", schema)
+    sub = verb("chat", chat)
+    sub.add_argument("model", help="model folder, hub id or run folder")
+    sub.add_argument("--prompt", help="answer this and end")
+    sub.add_argument("--system", help="system message")
+    sub.add_argument("--max-new-tokens", type=int, default=256)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; an error becomes one sentence on stderr and its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return int(args.function(args))
+    except RayftError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"rayft {args.verb}: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print(f"rayft {args.verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        print(
+            f"rayft {args.verb}: a bug in rayft: {type(error).__name__}: {error}. Run it again with --debug and report what it prints.",
+            file=sys.stderr,
+        )
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

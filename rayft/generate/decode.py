@@ -1,0 +1,160 @@
+"""The decoding loop: a batch of prompts goes on token by token, and rows that have ended leave it.
+
+Shapes: B rows still running, T tokens so far, S tokens of all prompts together, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from rayft.generate.engine import Sync
+from rayft.model.attention import Documents
+from rayft.model.head import causal_model
+
+#: Chooses the next token of each row from its logits [B, V]; the rows' numbers are given beside them.
+Choice = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+
+
+def greedy(logits_BV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """The most probable token of each row. (`max`, since `argmax` on bf16 takes ten times as long on a CPU.)"""
+    return logits_BV.max(-1).indices
+
+
+def sampling(temperature: float, top_p: float, seed: int) -> Choice:
+    """Nucleus sampling (arXiv:1904.09751) in which row n draws from a stream of its own, made of seed and n.
+
+    So what a row draws does not depend on the rows beside it or on when they end.
+    """
+    streams: dict[int, torch.Generator] = {}
+
+    def draw(row: int) -> float:
+        if row not in streams:
+            streams[row] = torch.Generator().manual_seed((seed * 1_000_003 + row) % (1 << 63))
+        return float(torch.rand((), generator=streams[row], dtype=torch.float64))
+
+    def choose(logits_BV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        probabilities_BV = (logits_BV.float() / temperature).softmax(-1)
+        sorted_BV, ids_BV = probabilities_BV.sort(-1, descending=True)
+        before_BV = sorted_BV.cumsum(-1) - sorted_BV
+        kept_BV = sorted_BV.masked_fill(before_BV >= top_p, 0.0).double().cumsum(-1)
+        at_B1 = torch.tensor([[draw(row)] for row in rows], device=kept_BV.device, dtype=torch.float64)
+        picked_B1 = torch.searchsorted(kept_BV, at_B1 * kept_BV[:, -1:], right=True)
+        return ids_BV.gather(-1, picked_B1.clamp(max=ids_BV.shape[-1] - 1))[:, 0]
+
+    return choose
+
+
+@dataclass
+class Batch:
+    """Rows in the middle of decoding: logits [B, V] of the next token, cache, mask [B, T], positions [B] of the last token."""
+
+    logits_BV: torch.Tensor
+    cache: Cache
+    mask_BT: torch.Tensor
+    positions_B: torch.Tensor
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these (indices into the batch)."""
+        index = torch.tensor(rows, device=self.mask_BT.device)
+        self.cache.reorder_cache(index)  # type: ignore[arg-type]
+        self.mask_BT, self.positions_B = self.mask_BT[index], self.positions_B[index]
+
+    def go_on(self, model: nn.Module, tokens_B: torch.Tensor) -> None:
+        """Feed one token per row."""
+        self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(tokens_B), 1)], dim=1)
+        self.positions_B = self.positions_B + 1
+        self.logits_BV = model(
+            input_ids=tokens_B[:, None],
+            attention_mask=self.mask_BT,
+            position_ids=self.positions_B[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    choose: Choice,
+    *,
+    rows: Sequence[int],
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    packed: bool,
+    sync: Sync | None = None,
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield for every step the (row number, token) of the rows still running; a row's last token may be a stop.
+
+    prompts: token ids, none empty. rows: the number of each prompt, told to `choose` and in what is yielded.
+    packed: the model runs under `packed_generation`. With `sync`, ranks run equally many forwards: one without rows
+    of its own (`prompts` may be empty) goes on with a row nobody reads.
+    """
+    running = list(rows)
+    batch = (prefill_packed if packed else prefill_padded)(model, prompts or [[0]])
+    for step in range(max_new_tokens):
+        tokens_B = choose(batch.logits_BV, running or [0])
+        tokens = tokens_B.tolist()
+        if running:
+            yield list(zip(running, tokens, strict=True))
+        going = [i for i, _ in enumerate(running) if tokens[i] not in stop_ids]
+        running = [running[i] for i in going] if step + 1 < max_new_tokens else []
+        if not (sync(bool(running)) if sync else running):
+            return
+        going = going if running else [0]
+        if len(going) < len(tokens):
+            batch.keep(going)
+            tokens_B = tokens_B[going]
+        batch.go_on(model, tokens_B)
+
+
+def prefill_packed(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Batch:
+    """Read the prompts laid end to end, as training reads documents, then part the cache into rows."""
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ends = lengths.cumsum(0)
+    pack = DynamicCache()
+    logits = model(
+        input_ids=torch.tensor([[token for prompt in prompts for token in prompt]], device=device),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+        documents=Documents(torch.nn.functional.pad(ends, (1, 0)).to(device)),
+        past_key_values=pack,
+        use_cache=True,
+        logits_to_keep=(ends - 1).to(device),
+    ).logits[0]
+    # Row b's tokens end at column T: column t is token ends[b] - T + t of the pack, or padding.
+    tokens_T = torch.arange(int(lengths.max())) - int(lengths.max())
+    mask_BT = (tokens_T >= -lengths[:, None]).long().to(device)
+    from_BT = (ends[:, None] + tokens_T).clamp(min=0).to(device)
+    cache = DynamicCache()
+    for index, layer in enumerate(pack.layers):
+        assert isinstance(layer, DynamicLayer)
+        # [1, K, S, D] -> [B, K, T, D]
+        keys, values = (x[0][:, from_BT].transpose(0, 1).contiguous() for x in (layer.keys, layer.values))
+        layer.keys = layer.values = None  # one layer twice in memory at a time, not the whole cache
+        cache.update(keys, values, index)
+    return Batch(logits, cache, mask_BT, (lengths - 1).to(device))
+
+
+def prefill_padded(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Batch:
+    """Read the prompts padded on the left, which every family of transformers can."""
+    device = next(model.parameters()).device
+    length = max(len(prompt) for prompt in prompts)
+    ids_BT = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask_BT = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
+    positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=causal_model(model).config)
+    logits_BV = model(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        position_ids=positions_BT,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    return Batch(logits_BV, cache, mask_BT, positions_BT[:, -1])

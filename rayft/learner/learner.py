@@ -1,0 +1,166 @@
+"""The learner: build the engine, take an optimizer step, measure a loss, hand out and take in fragments."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rayft.checkpoint import CheckpointReader, Fragment
+from rayft.learner.engine import initialize
+from rayft.learner.shards import MOMENTS, ReplicatedLayout
+from rayft.objectives.base import Objective
+from rayft.spec import Job
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did. `loss` is the global sum divided by the global denominator, equal on all ranks."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class ObjectiveModule(nn.Module):
+    """The model with its objective as one forward, since ZeRO's hooks count on the outermost module being called."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        return self.objective.loss(self.model, batch)
+
+
+class Learner:
+    """Owns the DeepSpeed engine of one rank.
+
+    Loss convention: an objective returns the *sum* of its loss over a micro-batch; a step divides by a denominator
+    that is global over ranks and micro-batches, so the split into ranks and micro-batches never shows in the result.
+    """
+
+    def __init__(
+        self, job: Job, model: nn.Module, objective: Objective, *, stage: int, device: str = "cpu"
+    ) -> None:
+        self.job, self.objective, self.stage = job, objective, stage
+        self.device = torch.device(device)
+        self.world_size = dist.get_world_size()
+        self.engine, self.layout = initialize(job, ObjectiveModule(model, objective), stage)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, adapters included; under ZeRO-3 its parameters are gathered by hooks while it runs."""
+        return self.engine.module.model
+
+    def step(self, micro_batches: Sequence[Batch], denominator: int, learning_rate: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches (equal in number on all ranks).
+
+        denominator: global count the summed loss is divided by (for SFT the trained tokens of the whole step).
+        Nothing is updated, and `applied` is False, when the gradient norm is not finite.
+        """
+        self.module.train()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        seconds = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        metrics: dict[str, float] = {}
+        for batch in micro_batches:
+            started = time.perf_counter()
+            loss_sum, batch_metrics = self.engine(self._to_device(batch))
+            total += loss_sum.detach().double()
+            forwarded = time.perf_counter()
+            self.engine.backward(loss_sum * (self.world_size / denominator))
+            for name, value in batch_metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + value
+            seconds["forward"] += forwarded - started
+            seconds["backward"] += time.perf_counter() - forwarded
+        started = time.perf_counter()
+        self.engine.step()
+        seconds["optimizer"] = time.perf_counter() - started
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        norm = self._grad_norm()
+        return StepResult(float(total) / denominator, norm, bool(np.isfinite(norm)), seconds, metrics)
+
+    @torch.no_grad()
+    def loss(self, micro_batches: Iterable[Batch]) -> float:
+        """Sum of the objective's loss over this rank's micro-batches, without training (equal in number on all ranks)."""
+        self.module.eval()
+        total = 0.0
+        for batch in micro_batches:
+            total += float(self.engine(self._to_device(batch))[0])
+        self.module.train()
+        return total
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's part of the training state: master weights and moments of every trainable parameter.
+
+        The arrays are views of live state on CPU (copies from a GPU): consume them before the next step.
+        """
+        self._ensure_state()
+        for shard in self.layout.owned():
+            for kind in ("param", *MOMENTS):
+                yield Fragment(shard.name, kind, shard.shape, *_as_array(shard.get(kind), shard.offset))
+
+    def optimizer_step(self) -> int:
+        """Updates applied so far; part of the checkpoint, since Adam's bias correction depends on it."""
+        return self.layout.optimizer_step()
+
+    @torch.no_grad()
+    def load(self, reader: CheckpointReader, optimizer_step: int) -> None:
+        """Take in a checkpoint of any world size and ZeRO stage; working copies equal the master weights afterwards."""
+        self.layout.create_state(optimizer_step)
+        for shard in self.layout.held():
+            for kind in ("param", *MOMENTS):
+                array = reader.read(shard.name, kind, shard.offset, shard.length)
+                shard.set(kind, _as_tensor(array).to(self.device))
+        self.layout.refresh()
+
+    def peak_memory_gb(self) -> float:
+        """Peak memory of this rank in GB (1e9 bytes): of the GPU's allocator, or of the process on CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def close(self) -> None:
+        """Release the engine's hooks and buffers."""
+        self.engine.destroy()
+
+    def _ensure_state(self) -> None:
+        if self.layout.optimizer_step() == 0:
+            self.layout.create_state(0)
+
+    def _grad_norm(self) -> float:
+        if isinstance(self.layout, ReplicatedLayout):
+            return self.layout.optimizer.grad_norm
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+
+def _as_array(tensor: torch.Tensor, offset: int) -> tuple[str, int, np.ndarray]:
+    flat = tensor.detach().cpu()
+    if flat.dtype == torch.bfloat16:
+        return "bfloat16", offset, flat.view(torch.uint16).numpy()
+    return str(flat.dtype).removeprefix("torch."), offset, flat.numpy()
+
+
+def _as_tensor(array: np.ndarray) -> torch.Tensor:
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array).view(torch.bfloat16)
+    return torch.from_numpy(array)

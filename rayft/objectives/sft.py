@@ -1,0 +1,32 @@
+"""Supervised fine-tuning: negative log-likelihood of the trained tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rayft.data.corpus import Corpus
+from rayft.data.step import MicroBatch
+from rayft.data.tensors import micro_batch_tensors
+from rayft.model.head import forward_nll
+
+
+class SftObjective:
+    """Sum over trained tokens of -log p(token | tokens before it in the same document).
+
+    With the global number of trained tokens as denominator this is their mean, whatever the split over ranks,
+    micro-batches and packs.
+    """
+
+    def __init__(self, *, packed: bool, pad_id: int) -> None:
+        self.packed, self.pad_id = packed, pad_id
+
+    def collate(self, corpus: Corpus, micro_batch: MicroBatch) -> dict[str, Any]:
+        """Tensors of one micro-batch; an empty one is a dummy token without a target."""
+        return micro_batch_tensors(corpus, micro_batch, packed=self.packed, pad_id=self.pad_id)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
+        """Summed negative log-likelihood in nats, fp32 scalar; no metrics beyond it."""
+        return forward_nll(model, batch), {}

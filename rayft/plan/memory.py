@@ -1,0 +1,132 @@
+"""Memory of one rank by term, for every ZeRO stage, from sizes alone.
+
+The model of training state follows ZeRO (arXiv:1910.02054) with rayft's choices: working weights in the compute
+dtype; master weights, both Adam moments and the accumulated gradient in fp32 (`precision: pure_bf16`: all in bf16).
+Activations follow the accounting of arXiv:2205.05198, redone for gated feed-forwards, grouped-query attention without
+a score matrix, and norms that keep an fp32 copy of their input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rayft.plan.activations import activation_bytes, logits_bytes
+from rayft.plan.architecture import Architecture
+from rayft.plan.trainable import trainable_parameters
+from rayft.spec import Job
+
+STAGES = (0, 1, 2, 3)
+
+#: What DeepSpeed is configured with unless `deepspeed.zero_optimization` says otherwise, in elements.
+BUCKET_DEFAULTS = {"reduce_bucket_size": 50_000_000, "stage3_prefetch_bucket_size": 20_000_000}
+
+#: Python, torch and its libraries in a process; on a GPU its context, cuBLAS workspaces and NCCL's buffers.
+OVERHEAD_CPU = 900_000_000
+OVERHEAD_GPU = 1_800_000_000
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Peak memory of one rank in bytes, by term.
+
+    `device` is the memory training runs in (the GPU's, or the host's where there is none), `host` what
+    `zero.offload_optimizer` keeps beside a GPU.
+    """
+
+    stage: int
+    world_size: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    buckets: int
+    overhead: int
+    host: int = 0
+
+    @property
+    def device(self) -> int:
+        return sum(self.terms().values())
+
+    def terms(self) -> dict[str, int]:
+        """Term to bytes, in the order people look at them."""
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "buckets", "overhead")
+        return {name: getattr(self, name) for name in names}
+
+    def facts(self) -> dict[str, Any]:
+        """For the run log and the report page: GB are 1e9 bytes, as measured peaks are."""
+        terms = {name: round(size / 1e9, 3) for name, size in self.terms().items()}
+        return {
+            "stage": self.stage,
+            "predicted_memory_gb": round(self.device / 1e9, 3),
+            "memory_terms_gb": terms,
+        }
+
+
+def plan_memory(
+    job: Job, architecture: Architecture, stage: int, world_size: int | None = None
+) -> MemoryPlan:
+    """Memory of one rank of `world_size` (default: the fewest workers the job allows) under a ZeRO stage."""
+    ranks = world_size or job.cluster.min_workers
+    trained = trainable_parameters(job.adapter, architecture)
+    frozen = architecture.total if job.adapter.type != "none" else 0
+    working, state = _element_bytes(job.train.precision)
+    frozen_bytes = (
+        0.5 + 4 / 64 if job.adapter.type == "qlora" else working
+    )  # NF4: a 4-bit code and block scales
+    parts = _partitions(stage, ranks)
+    on_gpu = job.cluster.gpus_per_worker > 0
+    offload = job.zero.offload_optimizer and stage > 0
+
+    in_state = trained * state / parts["optimizer"]
+    # In fp32 stage 0 trains the working weights themselves; every other case has a master copy.
+    copies = 2 if stage == 0 and working == state else 3
+    optimizer = copies * in_state
+    host = optimizer + in_state if offload and on_gpu else 0  # with the gradient the step reads
+    return MemoryPlan(
+        stage=stage,
+        world_size=ranks,
+        weights=math.ceil((trained * working + frozen * frozen_bytes) / parts["weights"]),
+        gradients=math.ceil(trained * state / parts["gradients"]),
+        optimizer=0 if host else math.ceil(optimizer),
+        activations=activation_bytes(job, architecture, working),
+        logits=logits_bytes(job, architecture, working),
+        buckets=_buckets(job, architecture, stage, trained, working),
+        overhead=OVERHEAD_GPU if on_gpu else OVERHEAD_CPU,
+        host=math.ceil(host),
+    )
+
+
+def _element_bytes(precision: str) -> tuple[int, int]:
+    """Bytes of a working weight, and of an element of optimizer state or accumulated gradient."""
+    return {"bf16": (2, 4), "fp32": (4, 4), "pure_bf16": (2, 2)}[precision]
+
+
+def _partitions(stage: int, ranks: int) -> dict[str, int]:
+    """Over how many ranks each part of the state is split."""
+    return {
+        "optimizer": ranks if stage >= 1 else 1,
+        "gradients": ranks if stage >= 2 else 1,
+        "weights": ranks if stage == 3 else 1,
+    }
+
+
+def _buckets(job: Job, architecture: Architecture, stage: int, trained: int, working: int) -> int:
+    """Memory that communication holds: gradients in flight, and under ZeRO-3 the layers gathered ahead."""
+    if stage < 2:
+        largest = max(math.prod(shape) for shape in architecture.parameters.values())
+        return min(largest, trained) * working  # the one gradient between autograd and the flat buffer
+    sizes = {**BUCKET_DEFAULTS, **_numbers(job.deepspeed.get("zero_optimization"))}
+    # the bucket in the gradient's own dtype, and the fp32 copy that is reduced
+    in_flight = min(sizes["reduce_bucket_size"], trained) * (working + 4)
+    if stage == 2:
+        return int(in_flight)
+    gathered = min(sizes["stage3_prefetch_bucket_size"] + architecture.largest_layer, architecture.total)
+    return int(in_flight + gathered * working)
+
+
+def _numbers(options: Any) -> Mapping[str, float]:
+    return {k: v for k, v in (options or {}).items() if isinstance(v, int | float)}

@@ -1,0 +1,40 @@
+"""The job file: pydantic models of its groups, `group.key=value` overrides, JSON schema.
+
+`load_job(path, overrides)` is the way in; everything below it is data without behaviour.
+"""
+
+from rayft.spec.job import (
+    Adapter,
+    Checkpoint,
+    Cluster,
+    Data,
+    Eval,
+    Job,
+    Log,
+    Model,
+    Source,
+    Suite,
+    Train,
+    Zero,
+)
+from rayft.spec.load import changed_keys, dump_job, job_schema, load_job, parse_job
+
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "Cluster",
+    "Data",
+    "Eval",
+    "Job",
+    "Log",
+    "Model",
+    "Source",
+    "Suite",
+    "Train",
+    "Zero",
+    "changed_keys",
+    "dump_job",
+    "job_schema",
+    "load_job",
+    "parse_job",
+]

@@ -1,0 +1,1 @@
+"""Ray Train: the worker loop, trainer set-up, the watch over the workers, and what stands around a run."""

@@ -1,0 +1,67 @@
+"""Connect to a Ray cluster, or start one here, and refuse what can never fit."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+
+from rayft.errors import ResourceError
+from rayft.spec import Cluster
+
+
+def connect(cluster: Cluster) -> None:
+    """Join the cluster of RAY_ADDRESS, or start a local one for the length of this process."""
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return
+    # `local`: the address file of a cluster that was killed would otherwise be believed.
+    ray.init(address="local", include_dashboard=False, **quiet)
+
+
+def worker_resources(cluster: Cluster) -> dict[str, float]:
+    """What one rank occupies, as Ray resources."""
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    return resources
+
+
+def refuse_impossible(cluster: Cluster) -> None:
+    """Raise ResourceError if the nodes there are can never hold the workers asked for, naming both."""
+    need = worker_resources(cluster)
+    least = cluster.num_workers[0] if isinstance(cluster.num_workers, tuple) else cluster.num_workers
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    room = sum(_fits(node["Resources"], need) for node in nodes)
+    if room >= least or _may_grow():
+        return
+    there = "; ".join(
+        f"{node['NodeManagerAddress']}: {_amounts({k: node['Resources'].get(k, 0) for k in ('CPU', 'GPU')})}"
+        for node in nodes
+    )
+    raise ResourceError(
+        f"cluster.num_workers asks for {least} workers with {_amounts(need)} each; the cluster holds {room} ({there}).",
+        "Ask for fewer workers or less per worker, or add nodes.",
+    )
+
+
+def _may_grow() -> bool:
+    """Whether an autoscaler might add nodes (it writes its configuration into Ray's internal store)."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return bool(
+        _internal_kv_get(b"__autoscaling_config")
+        or _internal_kv_get(b"__autoscaler_v2_enabled", namespace=b"autoscaler") == b"1"
+    )
+
+
+def _fits(there: dict[str, float], need: dict[str, float]) -> int:
+    return min(int(there.get(name, 0) / amount) for name, amount in need.items())
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

@@ -1,0 +1,99 @@
+"""Measurements during and around training, dealt over the ranks: evaluation loss, early stopping, suites."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from rayft.data.order import Order
+from rayft.data.step import plan_step
+from rayft.generate.hf import TransformersEngine
+from rayft.learner.learner import Learner
+from rayft.spec import Train
+from rayft.train import setup
+from rayft.train.setup import RunPlan
+
+if TYPE_CHECKING:
+    from rayft.train.worker import Worker
+
+
+class EarlyStopping:
+    """Ends a run whose evaluation loss has not improved by `early_stopping_threshold` for `patience` evaluations."""
+
+    def __init__(self, train: Train) -> None:
+        self.patience, self.threshold = train.early_stopping_patience, train.early_stopping_threshold
+        self.best, self.bad = math.inf, 0
+
+    def seen(self, loss: float) -> None:
+        """Take in an evaluation loss."""
+        if loss < self.best - self.threshold:
+            self.best, self.bad = loss, 0
+        else:
+            self.bad += 1
+
+    @property
+    def stop(self) -> bool:
+        return self.patience is not None and self.bad >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        """JSON state for a checkpoint."""
+        return {"best": None if math.isinf(self.best) else self.best, "bad": self.bad}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take in what `state` gave."""
+        self.best, self.bad = math.inf if state["best"] is None else state["best"], state["bad"]
+
+
+def evaluation_loss(plan: RunPlan, learner: Learner, rank: int, world_size: int) -> tuple[float, int]:
+    """Mean loss per trained token over all evaluation rows, and how many tokens that were; equal on all ranks."""
+    assert plan.eval_spec is not None
+    corpus = setup.open_corpus(plan, plan.eval_spec)
+    order = Order.of(plan.eval_spec, None)
+    position, end, tokens = 0, plan.eval_spec.rows, 0
+    total = torch.zeros((), dtype=torch.float64)
+    while position < end:
+        step = plan_step(
+            corpus,
+            order,
+            position,
+            data=plan.job.data,
+            train=plan.job.train,
+            packed=plan.packed,
+            world_size=world_size,
+            end=end,
+        )
+        position = step.next_position
+        batches = (learner.objective.collate(corpus, batch) for batch in step.micro_batches[rank])
+        total += learner.loss(batches)
+        tokens += step.trained_tokens
+    total = total.to(learner.device)
+    dist.all_reduce(total)
+    return float(total) / max(tokens, 1), tokens
+
+
+def measure_suites(worker: Worker, when: str) -> None:
+    """Run the job's suites on the model as it is and keep the results in the run folder; once per run and `when`."""
+    from rayft.evals.run import run_suites
+
+    suites, key = worker.job.eval.suites, f"suites-{when}.json"
+    if not suites or setup.share(worker.store.exists(key)):
+        return
+    learner = worker.learner
+    engine = TransformersEngine(
+        learner.module,
+        worker.tokenizer,
+        batch_size=worker.job.eval.batch_size,
+        sync=setup.sync_largest(learner.device) if learner.stage == 3 else None,
+    )
+    learner.module.eval()
+    results = run_suites(
+        suites, engine, worker.tokenizer, rank=worker.rank, world_size=worker.world_size, gather=setup.gather
+    )
+    learner.module.train()
+    if worker.rank == 0:
+        worker.store.put(key, json.dumps(results, indent=1, ensure_ascii=False).encode())
+        worker.recorder.row.remote({"kind": "suites", "when": when, "step": worker.step, "results": results})

@@ -1,0 +1,122 @@
+"""From whatever Ray raises to the one error a user sees, and the budget that retries only what a retry can cure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.train import FailureConfig
+
+from rayft.errors import (
+    DivergedError,
+    JobError,
+    MemoryExceededError,
+    RayftError,
+    ResourceError,
+    WorkerError,
+)
+
+ASK_TIMEOUT_S = 30.0
+
+
+class Budget(FailureConfig):
+    """Ray's failure budget, which is 0 as soon as a rank has said why the run must end.
+
+    Ray Train charges every exception alike; without this a diverged run would be tried again to the last retry.
+    """
+
+    def __init__(self, recorder: Any, max_failures: int) -> None:
+        self._recorder = recorder
+        self._max_failures = max_failures
+        super().__init__(max_failures=max_failures, controller_failure_limit=0)
+
+    @property  # type: ignore[override]
+    def max_failures(self) -> int:
+        try:
+            ended = ray.get(self._recorder.ended.remote(), timeout=ASK_TIMEOUT_S)
+        except Exception:
+            ended = None
+        return 0 if ended is not None else self._max_failures
+
+    @max_failures.setter
+    def max_failures(self, value: int) -> None:
+        self._max_failures = value
+
+
+def as_rayft_error(error: BaseException, max_failures: int) -> RayftError:
+    """The error to show for what `TorchTrainer.fit` raised."""
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, RayftError):
+            return cause
+    text = "\n".join(f"{type(cause).__name__}: {cause}" for cause in chain)
+    names = {type(cause).__name__ for cause in chain}
+    if names & {"WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"}:
+        return ResourceError(
+            f"The workers did not get their resources: {_last_line(text)}.",
+            "Free resources, ask for fewer workers, or raise cluster.start_timeout_s.",
+        )
+    if "OutOfMemory" in text or "out of memory" in text or "memory monitor" in text:
+        return MemoryExceededError(
+            f"A worker ran out of memory: {_last_line(text)}.",
+            "Lower train.micro_batch_size or data.max_length, raise zero.stage, or set train.gradient_checkpointing.",
+        )
+    return WorkerError(
+        f"The workers failed more than {max_failures} times; the last failure was: {_last_line(text)}.",
+        "Run again to resume from the last checkpoint; --debug shows the traceback.",
+    )
+
+
+def worker_failure(error: BaseException) -> RayftError | None:
+    """What a rank's own exception means for the run: an error that ends it, or None for one worth a restart."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    ):
+        return MemoryExceededError(
+            f"Out of memory: {_last_line(str(error))}.",
+            "Lower train.micro_batch_size or data.max_length, raise zero.stage, or set train.gradient_checkpointing.",
+        )
+    if isinstance(error, WorkerError):
+        return None
+    if isinstance(error, RayftError):
+        return error
+    return None
+
+
+def diverged(step: int, what: str) -> DivergedError:
+    """The error for a loss or gradient that is no number any more."""
+    return DivergedError(
+        f"Training diverged at step {step}: {what}.",
+        "Lower train.learning_rate or raise train.warmup_ratio; `rayft check` looks for broken rows.",
+    )
+
+
+def changed_job(name: str, changes: list[str]) -> JobError:
+    """The error for another job under the name of an existing run."""
+    return JobError(
+        f"The run {name!r} exists with another job; these keys differ: {'; '.join(changes)}.",
+        "Use another name, or restore the keys to resume it.",
+    )
+
+
+def _causes(error: BaseException) -> Any:
+    """The exception, what it wraps in Ray's several ways, and their causes, outermost first."""
+    seen: list[int] = []
+    todo: list[Any] = [error]
+    while todo:
+        current = todo.pop(0)
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.append(id(current))
+        yield current
+        failures = getattr(current, "worker_failures", None)
+        todo += list(failures.values()) if isinstance(failures, dict) else []
+        for name in ("_base_exc", "cause", "controller_failure", "health_check_failure", "__cause__"):
+            todo.append(getattr(current, name, None))
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return (lines[-1] if lines else "no reason given").rstrip(".")

@@ -1,0 +1,196 @@
+"""Decide, once and before any worker starts, what the run is: model, ZeRO stage, packing, tokenised data, steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from rayft.data.cache import CacheSpec, ShardInfo, plan_cache, prepare_shard, refuse_empty
+from rayft.data.corpus import Corpus
+from rayft.data.order import Order
+from rayft.data.step import plan_step
+from rayft.data.template import ChatTokenizer
+from rayft.errors import JobError, RayftError, WorkerError
+from rayft.model.families import can_pack
+from rayft.model.files import ModelFiles, load_config, load_tokenizer, resolve_model
+from rayft.spec import Job
+from rayft.storage import open_store
+from rayft.train.setup import RunPlan, node_cache_dir
+
+#: Tokenising a shard of a few thousand rows takes seconds; a task that is silent for this long is lost.
+PREPARE_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What preparing found out: the plan of the run, the model's files, the shards that are still being made."""
+
+    plan: RunPlan
+    files: ModelFiles
+    shards: Shards
+
+
+class Shards:
+    """Tokenising tasks on the cluster. They ask for no CPU of Ray's: training may hold all of them already."""
+
+    def __init__(self, spec: CacheSpec, cache_uri: str, order: list[int], at_once: int) -> None:
+        self.spec, self.cache_uri = spec, cache_uri
+        self.infos: dict[int, ShardInfo] = {}
+        self._waiting = list(reversed(order))
+        self._running: dict[Any, int] = {}
+        self._at_once = at_once
+        self._spec_ref = ray.put(spec)
+        self.advance(0)
+
+    @property
+    def done(self) -> bool:
+        return not self._waiting and not self._running
+
+    def advance(self, timeout_s: float) -> None:
+        """Start tasks while there is room, collect finished ones for up to `timeout_s`. Raises what a task raised."""
+        task = ray.remote(_prepare).options(num_cpus=0, max_retries=3)
+        while self._waiting and len(self._running) < self._at_once:
+            index = self._waiting.pop()
+            self._running[task.remote(self._spec_ref, index, self.cache_uri)] = index
+        if not self._running:
+            return
+        ready, _ = ray.wait(list(self._running), timeout=timeout_s)
+        for ref in ready:
+            self.infos[self._running.pop(ref)] = _result(ref)
+
+    def wait(self, count: int | None = None) -> None:
+        """Wait until `count` shards (all by default) are there. Raises WorkerError if nothing happens for too long."""
+        wanted = len(self.spec.shards) if count is None else min(count, len(self.spec.shards))
+        last, seen = time.monotonic(), -1
+        while len(self.infos) < wanted:
+            self.advance(1.0)
+            if len(self.infos) != seen:
+                last, seen = time.monotonic(), len(self.infos)
+            if time.monotonic() - last > PREPARE_TIMEOUT_S:
+                raise WorkerError(
+                    f"No shard of the tokenised data was finished for {PREPARE_TIMEOUT_S:.0f} s ({seen} of {wanted} are there).",
+                    "Look at the cluster's log for the tasks named _prepare.",
+                )
+
+
+def prepare(
+    job: Job, run_uri: str, cache_uri: str, owner: dict[str, Any], say: Callable[[str], None]
+) -> Prepared:
+    """Resolve the model, tokenise what the first steps need, and fix every decision of the run."""
+    node_dir = node_cache_dir()
+    files = resolve_model(job.model, node_dir)
+    config = load_config(files, job.model)
+    packed = decide_packing(job, config)
+    stage = decide_stage(job, files)
+    tokenizer = ChatTokenizer(load_tokenizer(files, job.model), job.data.loss_on)
+    began = time.monotonic()
+    spec = plan_cache(job.data.train, job.data, tokenizer, node_dir=node_dir / "data")
+    eval_spec = (
+        plan_cache(job.data.eval, job.data, tokenizer, node_dir=node_dir / "data") if job.data.eval else None
+    )
+    order = Order.of(spec, job.seed)
+    at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    shards = Shards(spec, cache_uri, _shard_order(spec, order), at_once)
+    if job.train.max_steps is None:
+        shards.wait()
+        refuse_empty(spec, [shards.infos[i] for i in range(len(spec.shards))])
+    else:
+        shards.wait(count=1)
+    if eval_spec is not None:
+        eval_shards = Shards(eval_spec, cache_uri, list(range(len(eval_spec.shards))), at_once)
+        eval_shards.wait()
+        refuse_empty(eval_spec, [eval_shards.infos[i] for i in range(len(eval_spec.shards))])
+    say(f"data: {describe(shards.infos.values(), spec)} in {time.monotonic() - began:.1f} s")
+    end = None if job.train.max_steps else math.ceil(job.train.num_train_epochs * order.epoch_rows())
+    total = job.train.max_steps or _count_steps(job, spec, order, cache_uri, packed, end)
+    every = job.checkpoint.every_steps or max(1, min(500, total // 10))
+    plan = RunPlan(job, run_uri, owner, stage, packed, spec, eval_spec, cache_uri, total, end, every)
+    return Prepared(plan, files, shards)
+
+
+def decide_packing(job: Job, config: Any) -> bool:
+    """Whether documents share a row. Raises JobError where packing is asked for a family nobody proved it for."""
+    possible, reason = can_pack(config)
+    if job.model.attention not in ("auto", "documents"):
+        possible, reason = False, f"model.attention {job.model.attention} does not keep documents apart"
+    if job.data.packing is True and not possible:
+        raise JobError(
+            f"data.packing: {reason}.",
+            "Set data.packing to false, or to auto to pack only where it is exact.",
+        )
+    return possible and job.data.packing is not False
+
+
+def decide_stage(job: Job, files: ModelFiles) -> int:
+    """The ZeRO stage: the job's, or the lowest that fits by the memory plan."""
+    from rayft.model.adapters import check_adapter
+
+    if job.zero.stage == "auto":
+        from rayft.plan.choose import choose_stage
+
+        stage = choose_stage(job, files.folder).stage
+    else:
+        stage = job.zero.stage
+    check_adapter(job.adapter, stage)
+    return stage
+
+
+def describe(infos: Any, spec: CacheSpec) -> str:
+    """One line on what the tokenised rows hold and what was left out."""
+    infos = list(infos)
+    parts = [
+        f"{spec.rows} rows, {sum(i.tokens for i in infos)} tokens of which {sum(i.trained_tokens for i in infos)} are trained"
+    ]
+    for name, words in (
+        ("too_long", "dropped as too long"),
+        ("truncated", "truncated"),
+        ("answer_cut", "dropped as no answer was left"),
+    ):
+        if number := sum(getattr(i, name) for i in infos):
+            parts.append(f"{number} {words}")
+    if len(infos) < len(spec.shards):
+        parts.append(
+            f"{len(spec.shards) - len(infos)} of {len(spec.shards)} shards are prepared while training runs"
+        )
+    return ", ".join(parts)
+
+
+def _shard_order(spec: CacheSpec, order: Order) -> list[int]:
+    """Shards in the order in which the first epoch needs them."""
+    by_first = {shard.first_id: shard.index for shard in spec.shards}
+    return [by_first[first] for first in order.first_shards()]
+
+
+def _count_steps(
+    job: Job, spec: CacheSpec, order: Order, cache_uri: str, packed: bool, end: int | None
+) -> int:
+    """Optimizer steps until `end`, by planning each: which rows are dropped decides how far a step reaches."""
+    corpus = Corpus(spec, open_store(cache_uri), node_dir=node_cache_dir() / "data")
+    position, steps = 0, 0
+    while True:
+        plan = plan_step(
+            corpus, order, position, data=job.data, train=job.train, packed=packed, world_size=1, end=end
+        )
+        if plan.rows == 0:
+            return steps
+        position, steps = plan.next_position, steps + 1
+
+
+def _prepare(spec: CacheSpec, index: int, cache_uri: str) -> ShardInfo:
+    """One tokenising task."""
+    return prepare_shard(spec, index, open_store(cache_uri), node_dir=node_cache_dir() / "data")
+
+
+def _result(ref: Any) -> ShardInfo:
+    try:
+        return ray.get(ref, timeout=60)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, RayftError):
+            raise cause from None
+        raise

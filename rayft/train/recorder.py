@@ -1,0 +1,95 @@
+"""The recorder: one Ray actor beside the driver that writes the run log and knows how every rank is doing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+
+from rayft.checkpoint import Lease
+from rayft.errors import RayftError
+from rayft.report.log import Row, RunLog
+from rayft.storage import open_store
+
+
+class Recorder:
+    """Sole writer of the run log. Ranks send rows and heartbeats, the driver reads them.
+
+    Also the place where a run's end is recorded once, so that a restarted worker group does not try again what
+    retrying cannot cure, and where a wish to stop is passed on to the ranks.
+    """
+
+    def __init__(self, run_uri: str, owner: dict[str, Any], epoch: int) -> None:
+        store = open_store(run_uri)
+        self.log = RunLog(store, epoch, Lease(store, owner).held, attempt=0)
+        self.rows: list[Row] = []
+        self.attempt = 0
+        self.ranks: dict[int, dict[str, Any]] = {}
+        self.ending: RayftError | None = None
+        self.stop_reason = ""
+
+    def begin_attempt(self, epoch: int, resumed_step: int | None, message: str, **fields: Any) -> int:
+        """A worker group starts; returns its number, counted from 1."""
+        self.attempt += 1
+        self.ranks.clear()
+        self.log.begin_attempt(epoch, self.attempt, resumed_step, message, **fields)
+        event = "start" if resumed_step is None else "resume"
+        self._show({"kind": "event", "event": event, "message": message, **fields})
+        return self.attempt
+
+    def row(self, row: Row) -> None:
+        """Append a row to the run log."""
+        self.log.append(row)
+        self._show(row)
+
+    def event(self, event: str, message: str = "", **fields: Any) -> None:
+        """Append an event."""
+        self.row({"kind": "event", "event": event, "message": message, **fields})
+
+    def beat(self, rank: int, attempt: int, state: dict[str, Any]) -> str:
+        """A rank shows that it makes progress; the answer is why it should stop, or nothing."""
+        if attempt == self.attempt:
+            self.ranks[rank] = {**state, "seen": time.monotonic()}
+        return self.stop_reason
+
+    def silent(self) -> dict[int, dict[str, Any]]:
+        """Every rank's last state with `silent_s`, the seconds since its last sign of life."""
+        now = time.monotonic()
+        return {rank: {**state, "silent_s": now - state["seen"]} for rank, state in self.ranks.items()}
+
+    def forget_ranks(self) -> None:
+        """The ranks were killed; what they last said no longer matters."""
+        self.ranks.clear()
+
+    def end(self, error: RayftError) -> None:
+        """A rank found out why the run must end; the first reason counts."""
+        self.ending = self.ending or error
+
+    def ended(self) -> RayftError | None:
+        """Why the run must end, or None."""
+        return self.ending
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the ranks to save and stop."""
+        self.stop_reason = reason
+
+    def since(self, count: int) -> list[Row]:
+        """Rows recorded after the first `count`."""
+        return self.rows[count:]
+
+    def flush(self) -> None:
+        """Make the log durable."""
+        self.log.flush()
+
+    def _show(self, row: Row) -> None:
+        self.rows.append({"time": time.time(), **row})
+
+
+def start_recorder(run_uri: str, owner: dict[str, Any], epoch: int) -> Any:
+    """Start the recorder on the driver's node; it ends with the driver."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Recorder).options(num_cpus=0, scheduling_strategy=here, max_concurrency=1)
+    return actor.remote(run_uri, owner, epoch)

@@ -1,0 +1,283 @@
+"""What runs on every rank: set up, resume, train, evaluate, checkpoint. `train` is the loop; read it first."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import torch.distributed as dist
+
+from rayft.checkpoint import CheckpointReader, CheckpointWriter, Lease
+from rayft.data.step import MicroBatch, StepPlan, plan_step
+from rayft.errors import PreemptedError, RayftError, StorageError
+from rayft.learner.learner import StepResult
+from rayft.learner.schedule import learning_rate
+from rayft.model.files import load_tokenizer, resolve_model
+from rayft.storage import open_store
+from rayft.train import setup
+from rayft.train.evaluate import EarlyStopping, evaluation_loss, measure_suites
+from rayft.train.failures import diverged, worker_failure
+from rayft.train.retention import Retention
+from rayft.train.setup import RunPlan
+
+ASK_TIMEOUT_S = 60.0
+
+
+def run_worker(config: dict[str, Any]) -> None:
+    """Entry point of Ray Train's workers. What ends the run for good is told to the recorder before it is raised."""
+    plan, recorder = config["plan"], config["recorder"]
+    try:
+        Worker(plan, recorder).train()
+    except BaseException as error:
+        ending = worker_failure(error)
+        if ending is not None:
+            ray.get(recorder.end.remote(ending), timeout=ASK_TIMEOUT_S)
+            raise ending from error
+        raise
+
+
+class Worker:
+    """One rank of a run."""
+
+    def __init__(self, plan: RunPlan, recorder: Any) -> None:
+        self.plan, self.job, self.recorder = plan, plan.job, recorder
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.attempt = 0
+        self.step, self.position = 0, 0
+        self.tokens = self.trained_tokens = 0
+        self.stop_reason = ""
+        self._pending_beat: Any = None
+        setup.use_threads(self.job)
+        self.store = open_store(plan.run_uri)
+        self._begin_attempt()
+        files = resolve_model(self.job.model, setup.node_cache_dir())
+        self.tokenizer = load_tokenizer(files, self.job.model)
+        self.learner = setup.build_learner(plan, files, setup.pad_id_of(self.tokenizer))
+        self.corpus = setup.open_corpus(plan, plan.train_spec)
+        self.order = setup.order_of(plan)
+        self.stopping = EarlyStopping(self.job.train)
+        if self.resumed_step is not None:
+            self._resume()
+        self.writer = CheckpointWriter(
+            self.store,
+            self.epoch,
+            self.rank,
+            self.world_size,
+            backlog=self.job.checkpoint.backlog,
+            timeout_s=self.job.checkpoint.commit_timeout_s,
+        )
+        self.retention = Retention(
+            self.store, self.writer, self.job.checkpoint.keep, self.epoch, self._cleanup_failed
+        )
+
+    def train(self) -> None:
+        """The run, from where it stands to its end."""
+        if self.step == 0 and self.job.eval.before:
+            self._suites("before")
+        while self.step < self.plan.total_steps and not self.stopping.stop:
+            started = time.perf_counter()
+            step_plan = self._plan_step()
+            setup.seed_step(self.job.seed, self.step, self.rank)
+            planned = time.perf_counter()
+            result = self.learner.step(
+                self._batches(step_plan.micro_batches[self.rank]),
+                step_plan.trained_tokens,
+                learning_rate(self.job.train, self.step, self.plan.total_steps),
+            )
+            self.step, self.position = self.step + 1, step_plan.next_position
+            self.tokens += step_plan.tokens
+            self.trained_tokens += step_plan.trained_tokens
+            self._refuse_divergence(result)
+            if self._due(self.job.eval.every_steps):
+                self._evaluate()
+            stop = setup.agree(bool(self.stop_reason), self.learner.device)
+            saving = time.perf_counter()
+            if (
+                stop
+                or self.stopping.stop
+                or self._due(self.plan.checkpoint_every)
+                or self.step == self.plan.total_steps
+            ):
+                self._save()
+            result.seconds |= {"data": planned - started, "checkpoint": time.perf_counter() - saving}
+            self._record(step_plan, result, time.perf_counter() - started)
+            if stop:
+                self._finish_saving()
+                raise PreemptedError(
+                    f"The run was asked to stop ({self.stop_reason or 'by another rank'}) and is saved at step {self.step}.",
+                    "Start it again under the same name to go on.",
+                )
+        self._finish_saving()
+        self._suites("after")
+        self.learner.close()
+
+    # -- the parts of the loop ---------------------------------------------------------------------------------
+
+    def _plan_step(self) -> StepPlan:
+        return plan_step(
+            self.corpus,
+            self.order,
+            self.position,
+            data=self.job.data,
+            train=self.job.train,
+            packed=self.plan.packed,
+            world_size=self.world_size,
+            end=self.plan.end,
+        )
+
+    def _batches(self, micro_batches: list[MicroBatch]) -> Iterator[dict[str, Any]]:
+        """Tensors of this rank's micro-batches, with a sign of life at each."""
+        for micro_batch in micro_batches:
+            self._beat("train")
+            yield self.learner.objective.collate(self.corpus, micro_batch)
+        self._beat("train")
+
+    def _due(self, every: int | None) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def _refuse_divergence(self, result: StepResult) -> None:
+        limit = self.job.train.max_loss
+        if not result.applied or result.loss != result.loss:
+            raise diverged(
+                self.step, f"the loss is {result.loss:.4g} and the gradient norm {result.grad_norm:.4g}"
+            )
+        if limit and result.loss > limit:
+            raise diverged(self.step, f"the loss {result.loss:.4g} exceeds train.max_loss {limit:g}")
+
+    def _evaluate(self) -> None:
+        assert self.plan.eval_spec is not None
+        self._beat("evaluate")
+        loss, tokens = evaluation_loss(self.plan, self.learner, self.rank, self.world_size)
+        self.stopping.seen(loss)
+        self._tell("row", {"kind": "eval", "step": self.step, "loss": loss, "tokens": tokens})
+        if self.stopping.stop:
+            self._tell(
+                "event",
+                "early_stop",
+                f"no better evaluation loss than {self.stopping.best:.4f} for {self.stopping.bad} evaluations",
+                step=self.step,
+            )
+
+    def _suites(self, when: str) -> None:
+        self._beat("evaluate")
+        measure_suites(self, when)
+
+    def _save(self) -> None:
+        """Hand the state to the writer; a checkpoint that failed before surfaces here."""
+        self._beat("checkpoint")
+        state = {
+            "position": self.position,
+            "optimizer_step": self.learner.optimizer_step(),
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "stopping": self.stopping.state(),
+        }
+        try:
+            self.writer.save(self.step, self.learner.fragments(), state)
+        except StorageError as error:
+            self._checkpoint_failed(error)
+        self._look_at_commits()
+
+    def _finish_saving(self) -> None:
+        self._beat("checkpoint")
+        try:
+            self.writer.wait()
+        except StorageError as error:
+            self._checkpoint_failed(error, last=True)
+        self._look_at_commits()
+        self.retention.wait()
+
+    def _look_at_commits(self) -> None:
+        if self.rank == 0 and (committed := self.retention.look()) is not None:
+            self._tell("event", "checkpoint", f"step {committed} is committed", step=committed)
+
+    def _checkpoint_failed(self, error: StorageError, *, last: bool = False) -> None:
+        if self.job.checkpoint.on_failure == "stop" or last:
+            raise error
+        self.recorder.event.remote(
+            "failure", f"a checkpoint failed, training goes on: {error.message}", step=self.step
+        )
+
+    def _cleanup_failed(self, error: Exception) -> None:
+        self.recorder.event.remote("failure", f"old checkpoints could not be deleted: {error}")
+
+    def _record(self, step_plan: StepPlan, result: StepResult, seconds: float) -> None:
+        peaks = setup.gather(self.learner.peak_memory_gb())
+        if self.step % self.job.log.every_steps and self.step != self.plan.total_steps:
+            return
+        row = {
+            "kind": "step",
+            "step": self.step,
+            "position": self.position,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": learning_rate(self.job.train, self.step - 1, self.plan.total_steps),
+            "rows": step_plan.rows,
+            "tokens": step_plan.tokens,
+            "trained_tokens": step_plan.trained_tokens,
+            "tokens_per_s": step_plan.tokens / seconds,
+            "trained_tokens_per_s": step_plan.trained_tokens / seconds,
+            "padding": step_plan.padding,
+            "seconds": {name: round(value, 4) for name, value in result.seconds.items()},
+            "peak_memory_gb": peaks,
+            **result.metrics,
+        }
+        self._tell("row", row)
+
+    # -- start and resume --------------------------------------------------------------------------------------
+
+    def _begin_attempt(self) -> None:
+        """Rank 0 opens an epoch of the lease and picks the checkpoint; all ranks learn both."""
+        skipped: list[str] = []
+        chosen: Any = None
+        if self.rank == 0:
+            try:
+                lease = Lease(self.store, self.plan.owner)
+                epoch, step = lease.resume(on_skip=lambda at, why: skipped.append(f"step {at}: {why}"))
+                message = "from the base model" if step is None else f"from the checkpoint of step {step}"
+                message += f" on {self.world_size} worker{'s' if self.world_size > 1 else ''}"
+                attempt = ray.get(
+                    self.recorder.begin_attempt.remote(
+                        epoch, step, message, workers=self.world_size, skipped=skipped
+                    ),
+                    timeout=ASK_TIMEOUT_S,
+                )
+                chosen = (epoch, step, attempt)
+            except RayftError as error:
+                chosen = error
+        chosen = setup.share(chosen)
+        if isinstance(chosen, RayftError):
+            raise chosen
+        self.epoch, self.resumed_step, self.attempt = chosen
+        self._beat("load")
+
+    def _resume(self) -> None:
+        reader = CheckpointReader(self.store, self.resumed_step)
+        state = reader.state
+        self.learner.load(reader, state["optimizer_step"])
+        self.step, self.position = reader.manifest.step, state["position"]
+        self.tokens, self.trained_tokens = state["tokens"], state["trained_tokens"]
+        self.stopping.restore(state["stopping"])
+
+    # -- talking to the recorder -------------------------------------------------------------------------------
+
+    def _tell(self, method: str, *args: Any, **kwargs: Any) -> None:
+        if self.rank == 0:
+            getattr(self.recorder, method).remote(*args, **kwargs)
+
+    def _beat(self, phase: str) -> None:
+        """A sign of life; picks up the answer to an earlier one without waiting for it."""
+        if self._pending_beat is not None and ray.wait([self._pending_beat], timeout=0)[0]:
+            self.stop_reason = ray.get(self._pending_beat) or self.stop_reason
+            self._pending_beat = None
+        state = {
+            "phase": phase,
+            "step": self.step,
+            "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
+        }
+        answer = self.recorder.beat.remote(self.rank, self.attempt, state)
+        self._pending_beat = self._pending_beat or answer

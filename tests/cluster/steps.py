@@ -1,0 +1,182 @@
+"""Steps of a small job through the real data path and the real learner, for tests that compare their losses."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rayft.data.cache import plan_cache, prepare_shard
+from rayft.data.corpus import Corpus
+from rayft.data.order import Order
+from rayft.data.step import StepPlan, plan_step
+from rayft.data.template import ChatTokenizer
+from rayft.learner.learner import Learner
+from rayft.model.files import resolve_model
+from rayft.spec import Job, parse_job
+from rayft.storage import open_store
+from rayft.train import setup
+from rayft.train.setup import RunPlan
+from tests.tiny import save_tiny, tiny_tokenizer
+
+WORDS = "ray actor shard token step loss rank merge route queue limit batch node".split()
+
+
+def write_rows(path: Path, count: int = 48, seed: int = 0) -> Path:
+    """Conversations of uneven length."""
+    rng = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            question = " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))
+            answer = " ".join(rng.choices(WORDS, k=rng.randint(1, 9)))
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def small_job(folder: Path, **groups: Any) -> Job:
+    """A job over `folder`'s tiny model and rows; groups are merged over the defaults."""
+    values: dict[str, Any] = {
+        "name": "small",
+        "storage": str(folder / "runs"),
+        "model": {"path": str(folder / "model")},
+        "data": {"train": [{"path": str(folder / "rows.jsonl")}], "max_length": 256},
+        "train": {
+            "global_batch_size": 8,
+            "max_steps": 20,
+            "learning_rate": 1e-3,
+            "precision": "fp32",
+            "weight_decay": 0.01,
+            "warmup_steps": 2,
+        },
+    }
+    for name, group in groups.items():
+        values[name] = (
+            {**values[name], **group}
+            if isinstance(values.get(name), dict) and isinstance(group, dict)
+            else group
+        )
+    return parse_job(values)
+
+
+def prepare_folder(folder: Path, family: str = "llama", **model_arguments: Any) -> Path:
+    """Tiny model and rows below `folder`."""
+    save_tiny(folder / "model", family, **model_arguments)
+    write_rows(folder / "rows.jsonl")
+    return folder
+
+
+def plan_of(job: Job, folder: Path, *, stage: int, packed: bool) -> RunPlan:
+    """The run's plan with all data tokenised."""
+    cache = open_store(folder / "cache")
+    spec = plan_cache(job.data.train, job.data, ChatTokenizer(tiny_tokenizer()), node_dir=folder / "node")
+    for shard in spec.shards:
+        prepare_shard(spec, shard.index, cache, node_dir=folder / "node")
+    steps = job.train.max_steps or 1
+    return RunPlan(job, job.storage, {}, stage, packed, spec, None, str(folder / "cache"), steps, None, 1)
+
+
+def learner_of(plan: RunPlan, folder: Path) -> Learner:
+    """This rank's learner."""
+    files = resolve_model(plan.job.model, folder / "node")
+    return setup.build_learner(plan, files, pad_id=256)
+
+
+def step_plans(plan: RunPlan, folder: Path, count: int, start: int = 0) -> Iterator[tuple[Corpus, StepPlan]]:
+    """Plans of `count` steps from position `start`."""
+    corpus = Corpus(plan.train_spec, open_store(plan.cache_uri), node_dir=folder / "node")
+    order = Order.of(plan.train_spec, plan.job.seed)
+    position = start
+    for _ in range(count):
+        step = plan_step(
+            corpus,
+            order,
+            position,
+            data=plan.job.data,
+            train=plan.job.train,
+            packed=plan.packed,
+            world_size=dist.get_world_size() if dist.is_initialized() else 1,
+        )
+        position = step.next_position
+        yield corpus, step
+
+
+def train_steps(
+    learner: Learner, plan: RunPlan, folder: Path, count: int, *, first: int = 0, start: int = 0
+) -> tuple[list[tuple[float, float]], int]:
+    """Losses and gradient norms of `count` steps from step `first` at position `start`, and the position after them."""
+    from rayft.learner.schedule import learning_rate
+
+    results = []
+    position = start
+    for number, (corpus, step) in enumerate(step_plans(plan, folder, count, start), start=first):
+        setup.seed_step(plan.job.seed, number, dist.get_rank())
+        batches = [learner.objective.collate(corpus, batch) for batch in step.micro_batches[dist.get_rank()]]
+        result = learner.step(
+            batches, step.trained_tokens, learning_rate(plan.job.train, number, plan.total_steps)
+        )
+        results.append((result.loss, result.grad_norm))
+        position = step.next_position
+    return results, position
+
+
+def state_of(learner: Learner) -> dict[tuple[str, str], np.ndarray]:
+    """The whole training state, gathered from all ranks."""
+    mine = [(f.name, f.kind, f.shape, f.offset, f.data.copy()) for f in learner.fragments()]
+    everything: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, mine)
+    state: dict[tuple[str, str], np.ndarray] = {}
+    for name, kind, shape, offset, data in (item for part in everything for item in part):
+        whole = state.setdefault((name, kind), np.zeros(int(np.prod(shape)), data.dtype))
+        whole[offset : offset + len(data)] = data
+    return state
+
+
+def reference_losses(plan: RunPlan, folder: Path, count: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """A plain PyTorch loop over the same rows, one padded-free document at a time; also the first step's gradients."""
+    from transformers import AutoModelForCausalLM
+
+    from rayft.learner.schedule import learning_rate
+
+    train = plan.job.train
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation="eager"
+    ).train()
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon
+    )
+    losses, gradients = [], {}
+    for number, (corpus, step) in enumerate(step_plans(plan, folder, count)):
+        total = torch.zeros(())
+        for rank in step.micro_batches:
+            for document in (d for batch in rank for row in batch for d in row):
+                sample = corpus.sample(document)
+                ids = torch.from_numpy(sample.ids.astype(np.int64))[None]
+                logits = model(input_ids=ids).logits[0, :-1]
+                targets = torch.where(torch.from_numpy(sample.trained[1:]), ids[0, 1:], -100)
+                total = total + torch.nn.functional.cross_entropy(
+                    logits, targets, ignore_index=-100, reduction="sum"
+                )
+        loss = total / step.trained_tokens
+        loss.backward()
+        if number == 0:
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm or float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(train, number, plan.total_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, gradients

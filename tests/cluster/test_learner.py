@@ -1,0 +1,136 @@
+"""The learner against a plain PyTorch loop, over ranks, ZeRO stages, accumulation and packing; and its fragments.
+
+A grid runs in one group of ranks, since starting processes costs more than the steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.cluster.steps import (
+    learner_of,
+    plan_of,
+    prepare_folder,
+    reference_losses,
+    small_job,
+    state_of,
+    train_steps,
+)
+from tests.ranks import run_ranks
+
+STEPS = 20
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_folder(tmp_path_factory.mktemp("learner"))
+
+
+def job_of(folder: Path, **train: Any) -> Any:
+    return small_job(folder, train=train)
+
+
+def _grid(folder: Path, cells: list[tuple[int, int, bool]]) -> dict[tuple[int, int, bool], list[float]]:
+    """Losses of every (stage, accumulation, packed) on this group of ranks."""
+    losses = {}
+    for stage, accumulation, packed in cells:
+        rows = 8 // (accumulation * dist.get_world_size())
+        job = small_job(folder, train={"micro_batch_size": max(1, rows if not packed else 4 // accumulation)})
+        plan = plan_of(job, folder, stage=stage, packed=packed)
+        learner = learner_of(plan, folder)
+        results, _ = train_steps(learner, plan, folder, STEPS)
+        learner.close()
+        losses[stage, accumulation, packed] = [loss for loss, _ in results]
+    return losses
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_same_losses_however_the_step_is_split(folder: Path, world_size: int) -> None:
+    """{1, 2 ranks} x {ZeRO 0 to 3} x {accumulation 1, 4} x {packed, not}: the losses of a plain loop, to 1e-5."""
+    plan = plan_of(small_job(folder), folder, stage=0, packed=True)
+    expected, _ = reference_losses(plan, folder, STEPS)
+    cells = list(itertools.product(STAGES, (1, 4), (True, False)))
+    for losses in run_ranks(_grid, world_size, folder, cells):
+        for cell, measured in losses.items():
+            assert measured[0] == pytest.approx(expected[0], abs=1e-6), cell
+            np.testing.assert_allclose(measured, expected, rtol=1e-5, err_msg=str(cell))
+
+
+def _first_gradients(folder: Path) -> dict[str, np.ndarray]:
+    """Gradients of step 0, from Adam's first moment after it: exp_avg = (1 - beta1) g without clipping."""
+    job = small_job(folder, train={"max_grad_norm": 0.0})
+    plan = plan_of(job, folder, stage=2, packed=True)
+    learner = learner_of(plan, folder)
+    train_steps(learner, plan, folder, 1)
+    state = state_of(learner)
+    learner.close()
+    return {
+        name: data / (1 - job.train.adam_beta1) for (name, kind), data in state.items() if kind == "exp_avg"
+    }
+
+
+def test_gradients_equal_those_of_a_plain_loop(folder: Path) -> None:
+    plan = plan_of(small_job(folder), folder, stage=0, packed=True)
+    _, expected = reference_losses(plan, folder, 1)
+    measured = run_ranks(_first_gradients, 2, folder)[0]
+    assert measured.keys() == expected.keys()
+    for name, gradient in expected.items():
+        difference = torch.from_numpy(measured[name]).view_as(gradient) - gradient
+        assert difference.norm() <= 1e-5 * gradient.norm(), name
+
+
+class _Fragments:
+    """A reader over gathered state."""
+
+    def __init__(self, state: dict[tuple[str, str], np.ndarray]) -> None:
+        self.state = state
+
+    def read(self, name: str, kind: str, offset: int, length: int) -> np.ndarray:
+        return self.state[name, kind][offset : offset + length].copy()
+
+
+def _resume(folder: Path, precision: str) -> dict[str, Any]:
+    """At every stage: 3 + 3 steps against 6 straight, then 3 steps from the state that stage 2 had after 3."""
+    outcome: dict[str, Any] = {}
+    common: Any = None
+    for stage in (2, 0, 1, 3):
+        job = small_job(folder, train={"precision": precision, "micro_batch_size": 1, "max_steps": 6})
+        plan = plan_of(job, folder, stage=stage, packed=True)
+        learner = learner_of(plan, folder)
+        _, position = train_steps(learner, plan, folder, 3)
+        saved, updates = state_of(learner), learner.optimizer_step()
+        straight, _ = train_steps(learner, plan, folder, 3, first=3, start=position)
+        final = state_of(learner)
+        learner.close()
+        common = common or (saved, updates)
+        for name, (state, count) in {"own": (saved, updates), "stage 2": common}.items():
+            learner = learner_of(plan, folder)
+            learner.load(_Fragments(state), count)  # type: ignore[arg-type]
+            resumed, _ = train_steps(learner, plan, folder, 3, first=3, start=position)
+            again = state_of(learner)
+            learner.close()
+            outcome[f"{stage} from {name}"] = (
+                straight,
+                resumed,
+                all(np.array_equal(final[key], again[key]) for key in final),
+            )
+    return outcome
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fragments_resume_exactly_at_every_stage(folder: Path, precision: str) -> None:
+    for outcome in run_ranks(_resume, 2, folder, precision):
+        for name, (straight, resumed, equal) in outcome.items():
+            if name.endswith("own"):
+                assert resumed == straight, name
+                assert equal, name
+            elif precision == "fp32":
+                np.testing.assert_allclose(resumed, straight, rtol=1e-4, err_msg=name)
