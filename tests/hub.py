@@ -21,7 +21,7 @@ def serve_hub(repositories: dict[str, Path], gated: set[str]) -> Iterator[str]:
         def do_GET(self) -> None:
             parts = self.path.split("?")[0].strip("/").split("/")
             if parts[:2] == ["api", "models"]:
-                self._answer_info("/".join(parts[2:4]))
+                self._answer_info("/".join(parts[2:4]), tree="tree" in parts[4:5])
             elif len(parts) > 4 and parts[2] == "resolve":
                 self._answer_file("/".join(parts[:2]), "/".join(parts[4:]))
             else:
@@ -29,11 +29,13 @@ def serve_hub(repositories: dict[str, Path], gated: set[str]) -> Iterator[str]:
 
         do_HEAD = do_GET
 
-        def _answer_info(self, repository: str) -> None:
+        def _answer_info(self, repository: str, tree: bool) -> None:
             if not self._allowed(repository):
                 return
-            names = sorted(path.name for path in repositories[repository].iterdir())
-            info = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+            files = sorted(repositories[repository].iterdir())
+            info: object = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}
+            if tree:
+                info = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": COMMIT} for f in files]
             self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
         def _answer_file(self, repository: str, name: str) -> None:

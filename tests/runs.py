@@ -107,14 +107,18 @@ def write_job(job: Job, path: Path) -> Path:
     return path
 
 
-def wait_until(what: str, condition: Callable[[], Any], started: Started | None = None, timeout_s: float = START_S) -> Any:
+def wait_until(
+    what: str, condition: Callable[[], Any], started: Started | None = None, timeout_s: float = START_S
+) -> Any:
     """The first true value of `condition`; fails when the time is over or the process has ended."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if value := condition():
             return value
         if started and started.process.poll() is not None:
-            raise AssertionError(f"rayft ended with {started.process.returncode} before: {what}\n{started.output()}")
+            raise AssertionError(
+                f"rayft ended with {started.process.returncode} before: {what}\n{started.output()}"
+            )
         time.sleep(0.05)
     raise AssertionError(f"waited {timeout_s} s for: {what}\n{started.output() if started else ''}")
 
@@ -144,7 +148,9 @@ def final_state(uri: str | Path) -> tuple[int, dict[tuple[str, str], np.ndarray]
     step = latest(store)
     assert step is not None
     reader = CheckpointReader(store, step)
-    tensors = {(name, kind): reader.read(name, kind) for kind in reader.kinds() for name in reader.names(kind)}
+    tensors = {
+        (name, kind): reader.read(name, kind) for kind in reader.kinds() for name in reader.names(kind)
+    }
     return step, tensors, reader.state
 
 

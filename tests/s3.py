@@ -1,6 +1,6 @@
 """S3 for tests: a moto server over HTTP in a process of its own, and a proxy that makes it misbehave.
 
-Load the fixtures with `pytest_plugins = ["tests.s3"]`. `s3_bucket` is the name of a fresh bucket, with the AWS variables of
+Fixtures: `s3_bucket` is the name of a fresh bucket, with the AWS variables of
 this process (and of what it starts) pointing at the server; with `s3_proxy` they point at the proxy in front of it.
 """
 

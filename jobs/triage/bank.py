@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bank:
-    """Everything that a split may say; each list is drawn from uniformly."""
+    """Everything that a split may say; each list is drawn from uniformly. A coined brand is a head and a tail."""
 
     brands: list[str]
+    heads: list[str]
+    tails: list[str]
     models: list[str]
     devices: dict[str, list[str]]
     problems: dict[str, list[str]]

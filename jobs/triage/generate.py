@@ -24,6 +24,7 @@ SYSTEM = "Triage the ticket as JSON."
 SEED = 20
 TRAIN_ROWS = 1600
 TEST_ROWS = 200
+MONEY = ["${}", "{} dollars", "{} EUR", "{} euros"]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"]
 SHARED_WORDS = 5  # a run of this many words never occurs in both splits
 
@@ -55,20 +56,13 @@ def expand(pattern: str, rng: random.Random) -> str:
 def draw_facts(bank: Bank, combination: tuple[str, ...], rng: random.Random) -> Facts:
     """A random ticket's facts for a given combination."""
     line, category, plan, impact = combination
-    name = [rng.choice(bank.brands), rng.choice(bank.devices[line])]
+    brand = rng.choice(bank.brands) if rng.random() < 0.5 else rng.choice(bank.heads) + rng.choice(bank.tails)
+    name = [brand, rng.choice(bank.devices[line])]
     if rng.random() < 0.25:
         name.insert(1, rng.choice(bank.models))
     refund = None
     if rng.random() < (0.4 if category in ("billing", "delivery", "defect") else 0.1):
-        refund = rng.choice(
-            [
-                rng.randint(12, 99),
-                rng.randint(1200, 9999) / 100,
-                rng.randint(101, 1900),
-                rng.randint(101, 999),
-            ]
-        )
-        refund = float(refund)
+        refund = rng.randint(10, 99) if rng.random() < 0.5 else rng.randint(101, 999)
     return Facts(
         order=_id(rng),
         product=" ".join(name),
@@ -77,7 +71,7 @@ def draw_facts(bank: Bank, combination: tuple[str, ...], rng: random.Random) -> 
         plan=None if plan == "basic" and rng.random() < 0.4 else plan,
         impact=impact,
         refund=refund,
-        security=rng.random() < 0.2,
+        security=rng.random() < 0.18,
     )
 
 
@@ -91,15 +85,15 @@ def write_ticket(facts: Facts, bank: Bank, rng: random.Random) -> str:
         others.append(rng.choice(bank.refunds))
     if facts.security:
         others.append(rng.choice(bank.security))
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         others.append(rng.choice(bank.distractors))
     clauses = [expand(clause, rng) for clause in others]
     rng.shuffle(clauses)
     clauses.insert(0 if rng.random() < 0.6 else rng.randrange(len(clauses) + 1), problem)
     text = _join(clauses, rng)
-    if rng.random() < 0.35:
+    if rng.random() < 0.25:
         text = expand(rng.choice(bank.greetings), rng) + rng.choice([", ", "! ", ",\n"]) + text
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         text += rng.choice([" ", "\n"]) + expand(rng.choice(bank.closings), rng)
     text = _typing(text, rng)
     return _fill(text, facts, rng)
@@ -137,12 +131,11 @@ def _misspell(word: str, rng: random.Random) -> str:
 
 def _fill(text: str, facts: Facts, rng: random.Random) -> str:
     """Puts the facts, and random values for what does not count, into the placeholders."""
-    money = facts.refund if facts.refund is not None else float(rng.randint(20, 1500))
     values: dict[str, Callable[[], str]] = {
         "p": lambda: facts.product,
         "o": lambda: facts.order,
         "t": lambda: facts.plan or "",
-        "m": lambda: _money(money, rng),
+        "m": lambda: rng.choice(MONEY).format(facts.refund),
         "x": lambda: _id(rng),
         "n": lambda: str(rng.randint(2, 9)),
         "d": lambda: rng.choice(DAYS),
@@ -152,11 +145,6 @@ def _fill(text: str, facts: Facts, rng: random.Random) -> str:
 
 def _id(rng: random.Random) -> str:
     return f"{rng.choice('ABCDEFGHKLMNPRSTVWXZ')}-{rng.randint(1000, 9999)}"
-
-
-def _money(amount: float, rng: random.Random) -> str:
-    number = f"{amount:.0f}" if amount == int(amount) else f"{amount:.2f}"
-    return rng.choice([f"${number}", f"{number} dollars", f"{number} EUR", f"{number} euros"])
 
 
 def make_split(

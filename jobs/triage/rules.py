@@ -7,19 +7,18 @@ from dataclasses import dataclass
 CATEGORIES = ("billing", "delivery", "defect", "access", "setup")
 PLANS = ("premium", "standard", "basic")
 IMPACTS = ("all", "some", "one")
-PRIORITIES = ("P1", "P2", "P3", "P4")
+PRIORITIES = ("urgent", "high", "normal", "low")
 REFUNDS = ("none", "auto", "manager")
 LINES = ("network", "print", "video")
 TEAMS = ("security", "finance", "logistics", *LINES)
 
 ORDER_PATTERN = "^[A-Z]-[0-9]{4}$"
 REFUND_LIMIT = 100
-PRIORITY_BY_RANK = ("P1", "P1", "P2", "P3", "P4")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a ticket says. `plan` is None where the customer names none; `refund` is the amount asked for, None without."""
+    """What a ticket says. `plan` is None where the customer names none; `refund` is the amount of money asked for, None without."""
 
     order: str
     product: str
@@ -27,7 +26,7 @@ class Facts:
     category: str
     plan: str | None
     impact: str
-    refund: float | None
+    refund: int | None
     security: bool
 
     @property
@@ -41,13 +40,12 @@ def record(facts: Facts) -> dict[str, str]:
 
     1. `order` and `product` are copied to the letter.
     2. A customer who names no plan is on `basic`.
-    3. `priority` is the rank of the plan plus the rank of the impact (both 0, 1, 2): 0 and 1 are P1, 2 is P2, 3 is P3, 4 is P4.
+    3. `priority`: what stops everybody is urgent; else a premium customer is high; else some is normal and one is low.
     4. `refund` is `none` where nobody asks for money back, `auto` up to the limit, `manager` above it.
     5. `team`: any sign of an intrusion goes to security, whatever else the ticket is about; then billing goes to finance,
        delivery to logistics, and everything else to the team of the product's line.
     """
     plan = facts.plan or "basic"
-    rank = PLANS.index(plan) + IMPACTS.index(facts.impact)
     return {
         "order": facts.order,
         "product": facts.product,
@@ -55,12 +53,18 @@ def record(facts: Facts) -> dict[str, str]:
         "refund": _refund(facts.refund),
         "plan": plan,
         "impact": facts.impact,
-        "priority": PRIORITY_BY_RANK[rank],
+        "priority": _priority(plan, facts.impact),
         "team": _team(facts),
     }
 
 
-def _refund(amount: float | None) -> str:
+def _priority(plan: str, impact: str) -> str:
+    if impact != "all" and plan == "premium":
+        return "high"
+    return {"all": "urgent", "some": "normal", "one": "low"}[impact]
+
+
+def _refund(amount: int | None) -> str:
     if amount is None:
         return "none"
     return "auto" if amount <= REFUND_LIMIT else "manager"

@@ -9,10 +9,11 @@ from jobs.triage.bank import Bank, words
 
 TEST = Bank(
     brands=words("""
-        Osprey Basalt Comet Drift Everest Fable Garnet Heron Iris Jade Kodiak Larch Mistral Nickel
-        Oasis Pebble Quasar Rowan Saffron Tempo Ursa Vesper Walden Yarrow Zircon Altiva Brindo
-        Celeno Dorado Estrel Fenwick Gimbal
+        Osprey Basalt Comet Drift Everest Fable Garnet Heron Iris Jade Kodiak Larch Mistral Nickel Oasis Pebble
+        Quasar Rowan Saffron Tempo Ursa Vesper Walden Yarrow Zircon Bamboo Copper Diamond Fox Lantern Meadow Storm
     """),
+    heads=words("Alti Brin Cele Dora Estre Fen Gim Hol Jul Mira Pol Sten Tor Vic"),
+    tails=words("ga no lo ra wick bal mar ton dex sy cast pix"),
     models=["Max", "Lite", "Go", "Z3", "T8", "450", "B20", "Ultra", "QX"],
     devices={
         "network": ["router", "switch", "firewall", "modem", "network hub", "Wi-Fi mesh"],
@@ -29,6 +30,10 @@ TEST = Bank(
             "[please|kindly] issue a fresh invoice, the {p} one carries our former company name",
             "I dispute the charge for the {p}",
             "the rebate promised for the {p} does not appear on the bill",
+            "the currency on the {p} bill is wrong",
+            "your invoice asks for more than the {p} costs",
+            "I cannot make sense of the amount due for the {p}",
+            "the subscription fee of the {p} was collected two times over",
         ],
         "delivery": [
             "still waiting for the {p} to turn up",
@@ -39,6 +44,10 @@ TEST = Bank(
             "where is my {p} now, the tracking page is silent",
             "the carton holding the {p} got soaked in transit",
             "the parcel service claims it delivered the {p}, yet nothing reached us",
+            "when can we count on receiving the {p}",
+            "our {p} seems to be lost in the mail",
+            "please send the {p} to another address, we moved",
+            "the {p} is overdue, the shipment should have come last week",
         ],
         "defect": [
             "the {p} [died on us|quit] overnight",
@@ -49,6 +58,10 @@ TEST = Bank(
             "the {p} is faulty and beeps non-stop",
             "the casing of [my|our] {p} has split and it rattles",
             "since [yesterday|{d}] the {p} has been malfunctioning",
+            "our {p} is out of order",
+            "the {p} crashed and will not come back on",
+            "the {p} gets terribly hot and then fails",
+            "the {p} produces nothing but a humming noise",
         ],
         "access": [
             "the {p} keeps answering wrong credentials",
@@ -59,6 +72,10 @@ TEST = Bank(
             "signing in on the {p} fails with invalid password",
             "my account on the {p} got suspended",
             "permission denied is all the {p} tells me at login",
+            "the {p} asks for a password that I do not know",
+            "our login for the {p} was deactivated",
+            "I typed the PIN wrong and now the {p} is locked",
+            "how do I get a new password for the {p}",
         ],
         "setup": [
             "could somebody walk me through configuring the {p}",
@@ -69,18 +86,26 @@ TEST = Bank(
             "how should the {p} be wired up",
             "please tell me the steps to get started with the {p}",
             "we would like advice on configuring a new {p}",
+            "how can the {p} be connected to our computers",
+            "can you send a guide for first use of the {p}",
+            "what do I need to install before using the {p}",
+            "please explain how the {p} is set up",
         ],
     },
     impacts={
         "one": [
             "no one apart from me is bothered",
             "it concerns one person, namely me",
-            "the others get on with their day",
+            "all the others get on fine with their day",
             "just [the receptionist|our apprentice|Olga] is held up",
-            "my coworkers do not see it",
+            "my coworkers do not have it, only I do",
             "a lone computer is concerned",
             "I alone have this trouble",
             "it is an individual problem at my workstation",
+            "only a single colleague is held up",
+            "just one of us has this, me",
+            "the trouble is limited to my own machine",
+            "I am the single one who suffers",
         ],
         "some": [
             "the [warehouse|logistics|legal|research] crew is idle",
@@ -91,9 +116,13 @@ TEST = Bank(
             "around a third of the users suffer from it",
             "a dozen colleagues on my corridor cannot proceed",
             "two of our teams have come to a stop",
+            "our sales people are held up",
+            "a small number of employees suffer",
+            "five of my coworkers have it as well",
+            "several workplaces on this floor are out of action",
         ],
         "all": [
-            "not a single person in the firm can carry on",
+            "nobody at all in the firm can carry on",
             "all {n}0 shops stand still",
             "our whole organisation has ground to a halt",
             "it hits each and every member of staff",
@@ -101,6 +130,10 @@ TEST = Bank(
             "operations are down across all locations",
             "the entire workforce sits idle",
             "every one of our offices is out of action",
+            "all of the staff sits idle",
+            "the complete firm cannot carry on",
+            "everybody at every site is held up",
+            "our business has come to a complete stop",
         ],
     },
     orders=[
@@ -112,6 +145,8 @@ TEST = Bank(
         "[order:|Order no:] {o}",
         "it belongs to order {o}",
         "from order {o}",
+        "our order has the number {o}",
+        "I refer to order {o}",
     ],
     plans=[
         "our subscription level is {t}",
@@ -120,6 +155,8 @@ TEST = Bank(
         "service plan {t}",
         "our account is {t} tier",
         "you list us as {t}",
+        "{t} is the plan we have",
+        "we are {t} subscribers",
     ],
     refunds=[
         "please reimburse us {m}",
@@ -128,6 +165,9 @@ TEST = Bank(
         "we would appreciate {m} being returned to our card",
         "I am claiming a refund, {m} to be exact",
         "kindly transfer the {m} back",
+        "I would like to be refunded {m}",
+        "we ask you to refund the sum of {m}",
+        "please pay us back, it was {m}",
     ],
     security=[
         "we suspect an intruder in our system",
@@ -138,6 +178,10 @@ TEST = Bank(
         "our credentials were compromised by hackers",
         "it looks like a cyber attack",
         "somebody we do not know logged in as admin",
+        "a hacker seems to be inside our network",
+        "our data was stolen overnight",
+        "we discovered a computer virus",
+        "our e-mail was hacked last night",
     ],
     distractors=[
         "the sticker underneath says {x}",

@@ -6,12 +6,23 @@ from jobs.triage.bank import Bank, words
 
 TRAIN = Bank(
     brands=words("""
-        Kestrel Lumen Atlas Nimbus Quartz Falcon Pioneer Zephyr Orbit Delta Cobalt Ember Harbor
-        Indigo Juniper Krona Lynx Meridian Nova Onyx Polaris Raven Sable Tundra Umbra Vertex Willow
-        Xenon Yukon Zenith Arbor Birch Cinder Dune Echo Fjord Glacier Halo Ivory Jasper Keystone
-        Lotus Maple Nectar Opal Prism Quill Ridge Summit Topaz Breva Corvo Dalmo Evanto Frisco Galvo
-        Hexa Inova Jovian Kirin Lazuli Mondo Norvik Ostra Pavo Rondo Sirius Tavira Vando Zorro
+        Kestrel Lumen Atlas Nimbus Quartz Falcon Pioneer Zephyr Orbit Delta Cobalt Ember Harbor Indigo Juniper
+        Lynx Meridian Nova Onyx Polaris Raven Sable Tundra Umbra Vertex Willow Xenon Yukon Zenith Arbor Birch
+        Cinder Dune Echo Fjord Glacier Halo Ivory Jasper Keystone Lotus Maple Nectar Opal Prism Quill Ridge
+        Summit Topaz Aspen Badger Cedar Dolphin Eagle Fern Gecko Hawk Ibex Jaguar Koala Lagoon Magnet Needle
+        Orchid Panther Rocket Silver Tiger Ulmus Velvet Walnut Amber Beacon Canyon Dagger Everglade Flint Granite
+        Horizon Island Journey Kernel Ladder Marble Northstar Ocean Phoenix Quest River Sparrow Thunder Unity
+        Violet Winter Apollo Boreas Cyclone Dynamo Eclipse Forge Gemini Hermes Icarus Jupiter Kronos Luna Mercury
+        Neptune Orion Pluto Regal Saturn Titan Uranus Venus Wizard Anchor Bridge Castle Dover Empire Forest
+        Garden Hamlet Iron Kingfisher Lion Monarch Noble Otter Pearl Quiver Rubin Sierra Tower Valley Wolf
     """),
+    heads=words("""
+        Bre Cor Dal Evan Fris Gal Hex Ino Jov Kir Laz Mon Nor Ost Pav Ron Sir Tav Van Zor Ama Bel Cal Den Eri
+        Fal Gor Hal Ivo Kal Lor Mar Nel Ota Per Rav Sol Tre Ula Vel Wen Yar Zan Aqui Bru Cla Dra Flo Gri Kro
+    """),
+    tails=words(
+        "va vo mo nto sco lix xa vian rin zuli do vik tra rex dia nix lan tek mora sta quo bell wave core line"
+    ),
     models=["Pro", "Mini", "Air", "X2", "S4", "300", "A10", "Plus", "GT", "M5", "700", "Neo"],
     devices={
         "network": [
@@ -132,13 +143,20 @@ TRAIN = Bank(
             "nobody else [here |]has [this|the|that] [problem|trouble|issue]",
             "the rest of the [office|floor|staff|team] [is fine|works normally|is not affected]",
             "a single [user|employee|seat|workplace] is [hit|affected|concerned]",
-            "I am the only one [affected|with this|who is stuck]",
+            "I am the only [one|person] [affected|with this|who is stuck]",
             "everyone else [is fine|can work|carries on as usual]",
             "this hits [one|a single] [laptop|workstation|desk]",
             "only [Maria|Tom|Priya|Jonas|our intern|my boss] [is blocked|is affected|sees it]",
-            "it [affects|blocks] [one person|just one person|me alone]",
+            "it [affects|blocks] [one person|just one person|me alone|me only]",
             "for [all others|my colleagues|the others] it works",
             "[luckily |]it is just me",
+            "[the others|my colleagues] are [not affected|fine|working]",
+            "apart from me, all [is well|are fine|can work]",
+            "[I|she|he] cannot work, the others can",
+            "[our trainee|my boss|the new clerk] is the only one [affected|blocked]",
+            "none of my colleagues [is affected|has it]",
+            "one [workstation|laptop|desk] is [stuck|blocked|affected], no more",
+            "it is my [own|personal] problem, the [others|team] can work",
         ],
         "some": [
             "[our|the] [sales|design|support|HR|finance] team [is blocked|cannot work|is stuck|is affected]",
@@ -154,6 +172,13 @@ TRAIN = Bank(
             "[two|three] [departments|teams|rooms] are [stuck|blocked|affected]",
             "my [team|group|department] cannot [work|continue]",
             "not everyone, but [several|many|some] of us are [hit|affected]",
+            "[four|six|seven] [employees|clerks|desks] have [this|the same] [problem|issue]",
+            "[the|our] [kitchen|service|repair|training] crew [waits|is blocked|cannot start]",
+            "a [whole |][team|department|group] is [waiting|stuck|hit]",
+            "[part|a third|a quarter] of [the company|our users|the staff] is [affected|waiting]",
+            "I and [two|three|some] [colleagues|others] are [stuck|affected]",
+            "[most|many] of my [team|group] are [affected|stuck]",
+            "[some|a few] [rooms|desks|teammates] [cannot work|are down]",
         ],
         "all": [
             "the [whole|entire|complete] [company|office|business|site] is [down|blocked|stuck|affected]",
@@ -167,8 +192,15 @@ TRAIN = Bank(
             "the [business|company|whole firm] is at a standstill",
             "it [affects|blocks] [everyone|all of us|the whole company|all users]",
             "all [of us|users|employees|departments] are [affected|stuck|blocked]",
-            "we had to [close|send everybody home]",
-            "[our|the] [whole|entire] [organisation|staff|workforce] is [affected|waiting|hit]",
+            "we had to [close the company|send everybody home|close all offices]",
+            "[our|the] [whole|entire] [organisation|staff|firm] is [affected|waiting|hit]",
+            "nothing works [anywhere in the company|in any office|for anybody]",
+            "not one [employee|colleague|office] is [spared|able to work]",
+            "none of [us|our people|our offices] can work",
+            "[everybody|each employee|all staff] [must wait|cannot work|is blocked]",
+            "[production|business|trade] is down [everywhere|at all sites|in every branch]",
+            "the company as a whole [cannot work|is stuck]",
+            "[all|every one] of our [people|stores|teams] [cannot work|wait]",
         ],
     },
     orders=[
@@ -194,7 +226,7 @@ TRAIN = Bank(
         "({t} plan)",
         "we [booked|chose] {t}",
         "[our|my] plan: {t}",
-        "as [a |]{t} [customer|customers]",
+        "as [a {t} customer|{t} customers]",
         "we pay for the {t} plan",
         "under our {t} contract",
         "the company has {t} support",
@@ -239,7 +271,6 @@ TRAIN = Bank(
         "we bought it [in June|last year|for the new office]",
         "it sits next to the [coffee machine|window|front desk|stairs]",
         "it is {n} months old",
-        "it cost {m} [new|at the time|back then]",
         "I read your FAQ [already|twice]",
         "[our|the] auditors come on {d}",
         "the [previous|last] one [lasted|served us] for years",

@@ -6,13 +6,13 @@ count; `latest` finds what to resume from; `retain` deletes what is old. No torc
 bfloat16 as uint16 with the dtype's name beside it.
 """
 
-from rayft.checkpoint.commits import committed_steps, latest
 from rayft.checkpoint.fragments import Fragment, storage_dtype
 from rayft.checkpoint.lease import Lease
 from rayft.checkpoint.manifest import CorruptCheckpoint, Manifest
 from rayft.checkpoint.reader import CheckpointReader, Range
 from rayft.checkpoint.records import Lineage, lineage
 from rayft.checkpoint.retention import retain
+from rayft.checkpoint.survey import committed_steps, latest
 from rayft.checkpoint.writer import CheckpointWriter
 
 __all__ = [

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rayft.checkpoint import layout, process, records
-from rayft.checkpoint.commits import OnSkip, latest
 from rayft.checkpoint.records import Event, Record
+from rayft.checkpoint.survey import OnSkip, latest
 from rayft.errors import LeaseLost, ResourceError, StorageError
 from rayft.storage import ObjectNotFound, Store
 
@@ -58,7 +58,7 @@ class Lease:
         owner = {**owner_info, **process.identity(), "id": uuid.uuid4().hex, "beat_s": ttl_s / _BEATS_PER_TTL}
         newest = records.newest_record(store)
         if newest and newest.event != "released" and not takeover and not process.is_gone(newest.owner):
-            _wait_and_see(store, newest, ttl_s, on_wait)
+            newest = _wait_and_see(store, newest, ttl_s, on_wait)
         lease = cls(store, owner, ttl_s=ttl_s)
         mine = records.append(store, newest, "acquired", owner)
         if mine is None:
@@ -113,9 +113,13 @@ class Lease:
     def release(self) -> None:
         """Give the lease back, so that the next start need not wait. Nothing happens if it was lost."""
         self.stop()
-        newest = records.newest_record(self.store)
-        if _is_held(newest, self.owner):
-            records.append(self.store, newest, "released", self.owner)
+        try:
+            newest = records.newest_record(self.store)
+            if _is_held(newest, self.owner):
+                records.append(self.store, newest, "released", self.owner)
+        except StorageError:
+            # A storage that fails is why the run ends, and its error the one to show; the lease runs out by itself.
+            return
 
     def _append(self, event: Event, resumed: int | None = None) -> None:
         while True:
@@ -147,8 +151,13 @@ def _is_held(newest: Record | None, owner: dict[str, Any]) -> bool:
     return newest is not None and newest.event != "released" and newest.owner["id"] == owner["id"]
 
 
-def _wait_and_see(store: Store, holder: Record, ttl_s: float, on_wait: Callable[[str], None] | None) -> None:
-    """Return if the holder gives no sign of life for `ttl_s` seconds (or five of its own beats, if longer)."""
+def _wait_and_see(
+    store: Store, holder: Record, ttl_s: float, on_wait: Callable[[str], None] | None
+) -> Record:
+    """The record to follow once the holder has given no sign of life for `ttl_s` seconds, or has released the lease.
+
+    Five of the holder's own beats, if those are longer. Raises `ResourceError` if it lives.
+    """
     wait_s = max(ttl_s, _BEATS_PER_TTL * float(holder.owner["beat_s"]))
     if on_wait:
         on_wait(
@@ -158,11 +167,14 @@ def _wait_and_see(store: Store, holder: Record, ttl_s: float, on_wait: Callable[
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         time.sleep(min(_POLL_S, wait_s / 10))
-        if _count(store, holder) != before or records.newest_epoch(store) != holder.epoch:
+        if records.newest_epoch(store) != holder.epoch:
             newest = records.newest_record(store)
-            if newest is None or newest.event != "released":
-                raise _refusal(store, newest)
-            return
+            if newest is not None and newest.event == "released":
+                return newest
+            raise _refusal(store, newest)
+        if _count(store, holder) != before:
+            raise _refusal(store, holder)
+    return holder
 
 
 def _count(store: Store, holder: Record) -> int | None:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rayft.checkpoint import layout
-from rayft.checkpoint.commits import survey
 from rayft.checkpoint.fragments import storage_dtype
 from rayft.checkpoint.manifest import CorruptCheckpoint, Manifest, StoredTensor
+from rayft.checkpoint.survey import survey
 from rayft.checkpoint.verified import VerifiedFiles
 from rayft.errors import StorageError
 from rayft.storage import Store

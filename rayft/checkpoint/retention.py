@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rayft.checkpoint import layout
-from rayft.checkpoint.commits import Survey, survey
 from rayft.checkpoint.manifest import Manifest
 from rayft.checkpoint.records import check_epoch, newest_epoch
+from rayft.checkpoint.survey import Survey, survey
 from rayft.checkpoint.verified import VerifiedFiles
 from rayft.storage import DamagedObject, Store
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import queue
+import socket
 import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from rayft.checkpoint import layout
 from rayft.checkpoint.checksum import CHUNK_BYTES, checksum
+from rayft.checkpoint.commit import commit
 from rayft.checkpoint.fragments import Fragment
 from rayft.checkpoint.host_buffer import HostBuffer
 from rayft.checkpoint.manifest import (
@@ -20,18 +21,12 @@ from rayft.checkpoint.manifest import (
     StoredFile,
     StoredFragment,
     StoredTensor,
-    from_json,
-    merge,
     to_json,
 )
-from rayft.checkpoint.records import check_epoch
 from rayft.errors import StorageError
 from rayft.storage import Store
 
 TIMEOUT_S = 1800.0
-_LEASE_CHECK_S = 10.0  # while waiting for other ranks
-_POLL_S = (0.05, 2.0)
-_INDEX_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -61,8 +56,10 @@ class CheckpointWriter:
 
     store: the run's folder; epoch: from the lease, the same on all ranks. At most `backlog` saves are under way, each
     with a host buffer of this rank's data that is kept for the next; a further `save` waits. A save that failed in the
-    background raises at the next `save` or `wait`, once, and its step is lost; earlier checkpoints stay. All ranks save
-    the same steps in the same order. With `background=False` everything happens inside `save`.
+    background raises at the next `save` or `wait`, once; only its step is lost, and whoever goes on need not save again.
+    All ranks save the same steps in the same order. With `background=False` everything happens inside `save`.
+
+    Raises `StorageError` where the storage does not hold the record of `epoch`: a path that the nodes do not share.
     """
 
     def __init__(
@@ -76,6 +73,11 @@ class CheckpointWriter:
         background: bool = True,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
+        if epoch and not store.exists(layout.record_key(epoch)):
+            raise StorageError(
+                f"{store.uri} on {socket.gethostname()} does not hold what the driver wrote there.",
+                "Its nodes do not share this path: use s3:// or a shared file system, mounted at the same place.",
+            )
         self._store, self._epoch, self._rank, self._world_size = store, epoch, rank, world_size
         self._timeout_s = timeout_s
         self._last_step = -1
@@ -100,18 +102,17 @@ class CheckpointWriter:
         """Copy the fragments and publish them; returns the seconds waited for an earlier save.
 
         fragments: what this rank owns; over all ranks they tile every tensor exactly once. May be a generator: only one
-        needs to exist at a time. state: a JSON object, rank 0's counts. Raises what an earlier save failed with,
-        `StorageError` if that one does not end in time, `ValueError` for a step that is not later than the last.
+        needs to exist at a time. state: a JSON object, rank 0's counts. Raises what an earlier save failed with once this
+        one is under way, `StorageError` if no earlier one ends in time, `ValueError` for a step not later than the last.
         """
         if step <= self._last_step:
             raise ValueError(f"step {step} is not later than step {self._last_step}, which was saved before")
-        self._raise_failure()
         frozen_state = json.loads(json.dumps(state, allow_nan=False))
         began = time.monotonic()
         buffer = self._take_buffer(self._timeout_s)
         waited_s = time.monotonic() - began
+        failure = self._take_failure()
         try:
-            self._raise_failure()
             buffer.clear()
             save = _Save(step, frozen_state, [_place(buffer, fragment) for fragment in fragments], buffer)
         except BaseException:
@@ -122,7 +123,9 @@ class CheckpointWriter:
             self._todo.put(save)
         else:
             self._run(save)
-            self._raise_failure()
+            failure = self._take_failure()
+        if failure is not None:
+            raise failure
         return waited_s
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -136,7 +139,9 @@ class CheckpointWriter:
         finally:
             for buffer in buffers:
                 self._free.put(buffer)
-        self._raise_failure()
+        failure = self._take_failure()
+        if failure is not None:
+            raise failure
 
     def close(self, timeout_s: float | None = None) -> None:
         """`wait`, then end the background thread and free the buffers."""
@@ -154,10 +159,9 @@ class CheckpointWriter:
                 "See whether the storage is slow or another rank is stuck; save less often or raise the time-out.",
             ) from None
 
-    def _raise_failure(self) -> None:
+    def _take_failure(self) -> Exception | None:
         failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        return failure
 
     def _work(self) -> None:
         while (save := self._todo.get()) is not None:
@@ -167,7 +171,14 @@ class CheckpointWriter:
         try:
             self._publish(save)
             if self._rank == 0:
-                self._commit(save.step, save.state)
+                commit(
+                    self._store,
+                    self._epoch,
+                    self._world_size,
+                    save.step,
+                    save.state,
+                    timeout_s=self._timeout_s,
+                )
                 self.last_committed = save.step
         except Exception as error:
             self._failure = error
@@ -183,50 +194,6 @@ class CheckpointWriter:
         index = Manifest(save.step, self._epoch, self._world_size, {}, files, tensors)
         folder.put_parts(name, save.buffer.parts())
         folder.put(layout.index_name(self._epoch, self._rank, self._world_size), to_json(index))
-
-    def _commit(self, step: int, state: dict[str, Any]) -> None:
-        sizes = self._wait_for_ranks(step)
-        folder = self._store.child(layout.folder(step))
-        names = self._index_names()
-        with ThreadPoolExecutor(min(_INDEX_READERS, len(names)), "rayft-index") as pool:
-            indexes = list(pool.map(lambda name: from_json(folder.get(name), folder.where(name)), names))
-        manifest = merge(indexes, state)
-        for file in manifest.files:
-            if sizes.get(file.name) != file.size:
-                raise StorageError(
-                    f"The checkpoint of step {step} is not committed: {folder.where(file.name)} has "
-                    f"{sizes.get(file.name, 0)} bytes instead of {file.size}.",
-                    "The storage confirmed a write that it did not keep: look at it; the checkpoints before are kept.",
-                )
-        encoded = to_json(manifest)
-        check_epoch(self._store, self._epoch)
-        self._store.put(layout.manifest_key(step, self._epoch), encoded)
-
-    def _wait_for_ranks(self, step: int) -> dict[str, int]:
-        """Wait until every rank's index of this epoch is there; returns the sizes of all objects in the step's folder."""
-        began = checked = time.monotonic()
-        pause_s, longest_s = _POLL_S
-        folder = self._store.child(layout.folder(step))
-        while True:
-            sizes = {entry.key: entry.size for entry in folder.list()}
-            missing = [rank for rank, name in enumerate(self._index_names()) if name not in sizes]
-            if not missing:
-                return sizes
-            now = time.monotonic()
-            if now - began > self._timeout_s:
-                raise StorageError(
-                    f"The checkpoint of step {step} in {self._store.uri} is not committed: after {self._timeout_s:.0f} s "
-                    f"the data of rank {', '.join(map(str, missing))} of {self._world_size} is missing.",
-                    "Look at the log of those ranks; the checkpoints before are kept.",
-                )
-            if now - checked > _LEASE_CHECK_S:
-                check_epoch(self._store, self._epoch)
-                checked = now
-            time.sleep(pause_s)
-            pause_s = min(longest_s, 1.5 * pause_s)
-
-    def _index_names(self) -> list[str]:
-        return [layout.index_name(self._epoch, rank, self._world_size) for rank in range(self._world_size)]
 
 
 def _place(buffer: HostBuffer, fragment: Fragment) -> _Placed:

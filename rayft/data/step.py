@@ -64,7 +64,7 @@ def plan_step(
     rows, next_position = _take_rows(corpus, order, position, train, end)
     documents = [document for row in rows for document in row]
     lengths = [corpus.length(document) for document in documents]
-    layout = _packed if packed else _padded
+    layout = packed_layout if packed else padded_layout
     slots = layout(lengths, data.max_length, train.micro_batch_size, world_size) if documents else []
     return StepPlan(
         position=position,
@@ -73,7 +73,7 @@ def plan_step(
         documents=len(documents),
         tokens=sum(lengths),
         trained_tokens=sum(map(corpus.trained_count, documents)),
-        computed_tokens=sum(lengths) if packed else sum(_padded_size(slot, lengths) for slot in slots),
+        computed_tokens=sum(lengths) if packed else sum(padded_size(slot, lengths) for slot in slots),
         micro_batches=[
             [[[documents[i] for i in row] for row in slot] for slot in own]
             for own in deal(
@@ -123,7 +123,9 @@ def _take_rows(
     return rows, position
 
 
-def _packed(lengths: list[int], max_length: int, micro_batch_size: int, world_size: int) -> list[MicroBatch]:
+def packed_layout(
+    lengths: list[int], max_length: int, micro_batch_size: int, world_size: int
+) -> list[MicroBatch]:
     """Micro-batches of one flat row each: as few per rank as capacity allows, as equally full as possible."""
     capacity = max_length * micro_batch_size
     bins = pack(lengths, capacity)
@@ -132,7 +134,7 @@ def _packed(lengths: list[int], max_length: int, micro_batch_size: int, world_si
     return [[slot] if slot else [] for slot in even]
 
 
-def _padded(lengths: list[int], _: int, micro_batch_size: int, world_size: int) -> list[MicroBatch]:
+def padded_layout(lengths: list[int], _: int, micro_batch_size: int, world_size: int) -> list[MicroBatch]:
     """Micro-batches of documents of like length, one per row of the tensor."""
     longest = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     count = -(-len(lengths) // (micro_batch_size * world_size)) * world_size
@@ -145,5 +147,6 @@ def _padded(lengths: list[int], _: int, micro_batch_size: int, world_size: int) 
     return slots
 
 
-def _padded_size(slot: MicroBatch, lengths: list[int]) -> int:
+def padded_size(slot: MicroBatch, lengths: list[int]) -> int:
+    """Tokens of an unpacked micro-batch with its padding."""
     return len(slot) * max((lengths[i] for row in slot for i in row), default=0)

@@ -16,6 +16,7 @@ from rayft.evals.multiple_choice import MultipleChoice
 from rayft.evals.qa import QuestionAnswering
 from rayft.evals.suite import Record, SuiteType
 from rayft.generate.engine import Engine
+from rayft.generate.load import default_cache_dir
 from rayft.spec import Suite
 
 TYPES: dict[str, type[SuiteType]] = {
@@ -32,9 +33,6 @@ Gather = Callable[[list[Record]], list[list[Record]]]
 #: Called with a suite's name and the first records that hold generated text: `prompt`, `answer`, `reference`.
 KeepSamples = Callable[[str, list[dict[str, Any]]], None]
 
-#: Where S3 files of suites are kept on this node.
-CACHE_DIR = Path("~/.cache/rayft/data").expanduser()
-
 
 def run_suites(
     suites: Sequence[Suite],
@@ -46,13 +44,14 @@ def run_suites(
     gather: Gather | None = None,
     keep_samples: KeepSamples | None = None,
     samples: int = 10,
-    cache_dir: Path = CACHE_DIR,
+    cache_dir: Path | None = None,
 ) -> dict[str, dict[str, float]]:
     """Metrics of each suite by its name: shares from 0 to 1, a standard error as `<metric>_stderr`, `rows` or the like.
 
     On several ranks all must call it with the same suites; rank r measures rows r, r + world_size, …, and `gather`
-    brings the records together. Raises DataError for bad rows before anything is measured.
+    brings the records together. cache_dir: where S3 files are kept on this node. Raises DataError for bad rows before anything is measured.
     """
+    cache_dir = cache_dir or default_cache_dir() / "data"
     measured = {suite.name: TYPES[suite.type](suite, engine, tokenizer, cache_dir) for suite in suites}
     results: dict[str, dict[str, float]] = {}
     for name, suite in measured.items():

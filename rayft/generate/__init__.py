@@ -2,9 +2,10 @@
 
 - `engine.py`: the protocol every engine answers to, and the sampling settings.
 - `hf.py`: the engine over a transformers model, on one process or on every rank of a sharded one.
-- `decode.py`: the decoding loop itself: batched, with a cache, finished rows dropped.
-- `attention.py`: attention for decoding that never repeats keys and values of grouped heads.
-- `prompts.py`: chat template to token ids, and which tokens end a turn.
+- `decode.py`: the decoding loop itself: prompts read as one pack, then batched, finished rows dropped.
+- `attention.py`: attention for both of its halves, prompts as packs and single new tokens as batched products.
+- `prompts.py`: messages to prompt ids, which tokens end an answer, ids back to text.
+- `load.py`: a model ready to generate, from a folder, hub id, run or adapter.
 - `chat.py`: the loop behind `rayft chat`.
 """
 

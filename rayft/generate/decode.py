@@ -134,6 +134,8 @@ def prefill_packed(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Batch:
     cache = DynamicCache()
     for index, layer in enumerate(pack.layers):
         assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
         # [1, K, S, D] -> [B, K, T, D]
         keys, values = (x[0][:, from_BT].transpose(0, 1).contiguous() for x in (layer.keys, layer.values))
         layer.keys = layer.values = None  # one layer twice in memory at a time, not the whole cache

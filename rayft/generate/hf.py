@@ -85,6 +85,32 @@ class TransformersEngine:
                         answers[row].append(token)
         return answers
 
+    def stream(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[int]:
+        """Tokens of one answer as they come, without the one that ends it."""
+        self._check([len(prompt)], max_new_tokens)
+        choose = sampling(temperature, top_p, seed) if temperature > 0 else greedy
+        with _evaluating(self.model), packed_generation(self.model) as packed:
+            for [(_, token)] in decode(
+                self.model,
+                [prompt],
+                choose,
+                rows=[0],
+                stop_ids=self.stop_ids,
+                max_new_tokens=max_new_tokens,
+                packed=packed,
+                sync=self.sync,
+            ):
+                if token not in self.stop_ids:
+                    yield token
+
     @torch.no_grad()
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, int]]:
         """See `Engine.score`. Raises DataError for a sequence beyond the model's context."""

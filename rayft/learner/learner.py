@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ class Learner:
         """The model, adapters included; under ZeRO-3 its parameters are gathered by hooks while it runs."""
         return self.engine.module.model
 
-    def step(self, micro_batches: Sequence[Batch], denominator: int, learning_rate: float) -> StepResult:
+    def step(self, micro_batches: Iterable[Batch], denominator: int, learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches (equal in number on all ranks).
 
         denominator: global count the summed loss is divided by (for SFT the trained tokens of the whole step).

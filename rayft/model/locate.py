@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rayft.errors import JobError, StorageError
+from rayft.errors import JobError
 from rayft.spec import Model
-from rayft.storage import Store, node_cache, open_store
+from rayft.storage import node_cache, open_store
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
@@ -121,19 +121,14 @@ def _in_package(name: str, gguf_file: str | None) -> Path:
 
 def _from_store(uri: str, cache_dir: Path) -> Path:
     parent, _, name = uri.rstrip("/").rpartition("/")
-    if parent.endswith(":/") or not name:
+    if parent.endswith(":/"):
         raise JobError(f"{uri} names a bucket, not a model in it.", "Write s3://BUCKET/PREFIX.")
-    store: Store = open_store(parent)
-    exported = f"{name}/model"
-    key = exported if store.exists(f"{exported}/config.json") else name
-    try:
-        return node_cache(store, key, cache_dir / "downloads")
-    except StorageError as error:
-        if store.exists(name) or store.list(name):
-            raise
-        raise JobError(
-            f"There is no model at {uri}.", "Check bucket and prefix; the prefix must hold config.json."
-        ) from error
+    if open_store(uri).exists("model/config.json"):
+        parent, name = f"{parent}/{name}", "model"
+    store = open_store(parent)
+    if not store.exists(name) and not store.list(name):
+        raise JobError(f"There is no model at {uri}.", "Check bucket and prefix; it must hold config.json.")
+    return node_cache(store, name, cache_dir / "downloads")
 
 
 def _from_hub(repository: str, model: Model) -> Path:

@@ -6,7 +6,7 @@ Rows (every row also gets `time` in seconds since 1970, `epoch` of the lease and
      "tokens_per_s", "trained_tokens_per_s", "padding", "seconds": {"data", "forward", "backward", "optimizer",
      "checkpoint"}, "peak_memory_gb": [one per rank]}
     {"kind": "eval", "step", "loss", "tokens"}
-    {"kind": "suites", "when": "before" | "after", "results": {suite: {metric: value}}}
+    {"kind": "suites", "when": "before" | "after", "step", "results": {suite: {metric: value}}}
     {"kind": "event", "event", "message", ...}; `start` and `resume` carry `resumed_step`, `end` `code` and `terminal`
 
 A local run folder has `log.jsonl`. An object store cannot append, so there the log is a series of segments
@@ -145,7 +145,12 @@ def read_log(store: Store) -> list[Row]:
     history (but not `checkpoint` events, whose checkpoints no longer count). Of several rows of one kind and step
     the last counts. A line that a killed writer left torn is skipped.
     """
-    return current_rows(_parse(_raw(store)))
+    return current_rows(read_all(store))
+
+
+def read_all(store: Store) -> list[Row]:
+    """Every row that was ever written, those that no longer count included, in the order of writing."""
+    return _parse(_raw(store))
 
 
 def current_rows(rows: Iterable[Row]) -> list[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -11,10 +10,11 @@ from typing import Any
 
 from rayft.errors import EXIT_CODES
 from rayft.report.charts import Series, line_chart, stacked_bar
+from rayft.report.lineage import read_lineage
 from rayft.report.log import Row, read_log
 from rayft.report.tables import Results, deltas, summary
 from rayft.spec import Job, parse_job
-from rayft.storage import ObjectNotFound, Store
+from rayft.storage import Store
 
 PAGE = "report.html"
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#ca8a04", "#64748b", "#db2777")
@@ -27,7 +27,7 @@ def write_page(store: Store) -> None:
     import yaml
 
     text = store.get("job.yaml").decode()
-    page = render_page(parse_job(yaml.safe_load(text)), text, read_log(store), _json(store, "lineage.json"))
+    page = render_page(parse_job(yaml.safe_load(text)), text, read_log(store), read_lineage(store))
     store.put(PAGE, page.encode())
 
 
@@ -43,7 +43,7 @@ def render_page(job: Job, job_text: str, rows: Sequence[Row], lineage: dict[str,
         _section("Memory", _memory(steps, events)),
         _section("Checkpoints", _checkpoints(events)),
         _section("Events", _events(events)),
-        _section("Lineage", _facts(_flat(lineage or {}))),
+        _section("Lineage", _lineage(lineage)),
         _section(
             "Job", f"<details><summary>the resolved job file</summary><pre>{escape(job_text)}</pre></details>"
         ),
@@ -171,7 +171,14 @@ def _events(events: Sequence[Row]) -> str:
     return _table(("time (UTC)", "attempt", "event", ""), lines)
 
 
-def _facts(facts: dict[str, str]) -> str:
+def _lineage(lineage: dict[str, Any] | None) -> str:
+    """Origin, and the circumstances of the last start."""
+    if not lineage:
+        return ""
+    starts = lineage["starts"]
+    facts = _flat({**{k: v for k, v in lineage.items() if k != "starts"}, **starts[-1]})
+    if len(starts) > 1:
+        facts["starts"] = f"{len(starts)} under different circumstances; this is the last"
     return _table(("", ""), [("", (name, text)) for name, text in facts.items()])
 
 
@@ -203,10 +210,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[prefix + key] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return flat
-
-
-def _json(store: Store, key: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(store.get(key))
-    except ObjectNotFound:
-        return None

@@ -144,7 +144,9 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
     if saved:
         lines["checkpoints"] = f"{len(saved)}, the last at step {saved[-1]['step']}"
     if resumed:
-        lines["resumed"] = f"{len(resumed)} times, the last from step {resumed[-1]['resumed_step']}"
+        lines["resumed"] = (
+            f"{'once' if len(resumed) == 1 else f'{len(resumed)} times, last'} from step {resumed[-1]['resumed_step']}"
+        )
     return lines
 
 

@@ -148,7 +148,8 @@ class S3Store(Store):
             "Listing", "list_objects_v2", prefix, {"ContinuationToken": "NextContinuationToken"}
         )
         items = [item for page in pages for item in page.get("Contents", [])]
-        return [Entry(self._key(item["Key"]), item["Size"], _version(item)) for item in items]
+        entries = [Entry(self._key(item["Key"]), item["Size"], _version(item)) for item in items]
+        return sorted(entries, key=lambda entry: entry.key)
 
     def stat(self, key: str) -> Entry | None:
         try:
@@ -352,7 +353,7 @@ def _make_client(parallel: int) -> Any:
         retries={"total_max_attempts": 1, "mode": "standard"},
         connect_timeout=_CONNECT_TIMEOUT_S,
         read_timeout=_READ_TIMEOUT_S,
-        max_pool_connections=max(10, 2 * parallel),
+        max_pool_connections=8 * parallel,  # several large objects at once, each in parallel
         tcp_keepalive=True,
     )
     return boto3.session.Session().client("s3", config=config)

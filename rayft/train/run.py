@@ -19,12 +19,13 @@ from rich.console import Console
 from rayft.checkpoint import Lease
 from rayft.errors import TERMINAL_CODES, LeaseLost, PreemptedError, RayftError
 from rayft.report.log import read_log
+from rayft.report.page import write_page
 from rayft.report.progress import Progress
-from rayft.spec import Job, changed_keys, dump_job, parse_job
-from rayft.storage import ObjectNotFound, Store, open_store
+from rayft.spec import Job, changed_keys, dump_job
+from rayft.storage import Store, open_store
 from rayft.train.cluster import connect, refuse_impossible, worker_resources
 from rayft.train.failures import Budget, as_rayft_error, changed_job
-from rayft.train.finish import finish
+from rayft.train.finish import finish, job_of_run, show_result
 from rayft.train.prepare import Prepared, prepare
 from rayft.train.recorder import start_recorder
 from rayft.train.watch import Watch
@@ -56,14 +57,16 @@ def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> 
         refuse_impossible(job.cluster)
         recorder = start_recorder(run_uri, lease.owner, lease.epoch)
         _run_under_lease(job, store, run_uri, lease, recorder, console)
+        _record_end(recorder, store, 0, "done")
     except RayftError as error:
-        _record_end(recorder, error.code, error.message)
+        _record_end(recorder, store, error.code, error.message)
         raise
     except BaseException as error:
-        _record_end(recorder, 1, f"{type(error).__name__}: {error}")
+        _record_end(recorder, store, 1, f"{type(error).__name__}: {error}")
         raise
     finally:
         lease.release()
+    show_result(store, job, console)
     return 0
 
 
@@ -80,8 +83,8 @@ def _run_under_lease(
 
     watch = Watch(recorder, store, job.cluster.hang_timeout_s, show)
     _fit(prepared, recorder, watch, lease)
-    finish(prepared, store, recorder, console)
-    _record_end(recorder, 0, "done")
+    finish(prepared, store, recorder)
+    watch.show_rows()
 
 
 def _fit(prepared: Prepared, recorder: Any, watch: Watch, lease: Lease) -> None:
@@ -158,10 +161,9 @@ def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
 
 def already_ended(store: Store, job: Job, console: Console) -> bool:
     """Whether there is nothing to do. Raises JobError for another job, and again the error that ended this one for good."""
-    try:
-        before = parse_job(_yaml(store.get("job.yaml")), where=store.where("job.yaml"))
-    except ObjectNotFound:
+    if not store.exists("job.yaml"):
         return False
+    before = job_of_run(store)
     changes = changed_keys(before, job)
     if changes:
         raise changed_job(job.name, changes)
@@ -187,21 +189,17 @@ def absolute_uri(uri: str) -> str:
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
-def _record_end(recorder: Any, code: int, message: str) -> None:
+def _record_end(recorder: Any, store: Store, code: int, message: str) -> None:
+    """The run's last event, and the page that shows it."""
     if recorder is None:
         return
     try:
         ray.get(recorder.event.remote("end", message, code=code, terminal=code in TERMINAL_CODES), timeout=60)
         ray.get(recorder.flush.remote(), timeout=60)
+        write_page(store)
     except Exception:
         # The reason for the end is raised by the caller; a log that cannot be written must not hide it.
         return
-
-
-def _yaml(text: bytes) -> Any:
-    import yaml
-
-    return yaml.safe_load(text)
 
 
 class _stop_on_signal:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from rayft.data.cache import CacheSpec
 from rayft.data.corpus import Corpus
@@ -96,7 +95,7 @@ def build_learner(plan: RunPlan, files: ModelFiles, pad_id: int) -> Learner:
     return Learner(job, model, objective, stage=plan.stage, device=device_of(job))
 
 
-def _base_model(job: Job, files: ModelFiles, dtype: torch.dtype, stage: int) -> nn.Module:
+def _base_model(job: Job, files: ModelFiles, dtype: torch.dtype, stage: int) -> Any:
     from rayft.model.load import build_model, build_quantized
 
     if stage == 3:

@@ -136,7 +136,7 @@ class Worker:
         self._beat("train")
 
     def _due(self, every: int | None) -> bool:
-        return bool(every) and self.step % every == 0
+        return every is not None and self.step % every == 0
 
     def _refuse_divergence(self, result: StepResult) -> None:
         limit = self.job.train.max_loss

@@ -25,7 +25,21 @@ from rayft.train import setup
 from rayft.train.setup import RunPlan
 from tests.tiny import save_tiny, tiny_tokenizer
 
-WORDS = "ray actor shard token step loss rank merge route queue limit batch node".split()
+WORDS = [
+    "ray",
+    "actor",
+    "shard",
+    "token",
+    "step",
+    "loss",
+    "rank",
+    "merge",
+    "route",
+    "queue",
+    "limit",
+    "batch",
+    "node",
+]
 
 
 def write_rows(path: Path, count: int = 48, seed: int = 0) -> Path:

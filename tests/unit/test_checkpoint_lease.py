@@ -21,8 +21,6 @@ from rayft.storage.s3 import S3Store
 from tests import checkpoints
 from tests.s3 import FaultyProxy
 
-pytest_plugins = ["tests.s3"]
-
 TTL_S = 0.3
 
 
@@ -67,6 +65,15 @@ def test_a_starting_worker_group_is_a_sign_of_life(tmp_path: Path) -> None:
     with pytest.raises(ResourceError):
         acquire(store)
     starter.join()
+
+
+def test_a_holder_that_releases_while_it_is_watched(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    holder = acquire(store)
+    release = threading.Timer(TTL_S / 3, holder.release)
+    release.start()
+    assert acquire(store).epoch == holder.epoch + 2
+    release.join()
 
 
 def test_a_silent_holder_is_replaced_and_learns_it(store: Store) -> None:
@@ -245,7 +252,7 @@ def test_one_history_whatever_stale_writers_commit(
     epochs: list[int] = []
     best: int | None = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayft.checkpoint.writer.check_epoch", lambda *_: None)
+        patch.setattr("rayft.checkpoint.commit.check_epoch", lambda *_: None)
         for _ in range(data.draw(st.integers(1, 8), label="events")):
             if not epochs or data.draw(st.booleans(), label="restart"):
                 epoch, step = lease.resume(verify=False)

@@ -12,8 +12,6 @@ from rayft.storage import LocalStore, Store
 from rayft.storage.s3 import S3Store
 from tests import checkpoints
 
-pytest_plugins = ["tests.s3"]
-
 
 @pytest.fixture(params=["local", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
@@ -144,7 +142,7 @@ def test_the_same_step_of_a_stale_and_of_the_current_epoch(
     second = lease.begin_attempt(4)
     checkpoints.save(store, 8, epoch=second)
     with monkeypatch.context() as patch:
-        patch.setattr("rayft.checkpoint.writer.check_epoch", lambda *_: None)
+        patch.setattr("rayft.checkpoint.commit.check_epoch", lambda *_: None)
         checkpoints.save(store, 8, epoch=first)
     assert retain(store, 5, epoch=second) == []
     checkpoints.check(store, 8)

@@ -16,6 +16,7 @@ from rayft.checkpoint import (
     CheckpointWriter,
     CorruptCheckpoint,
     Fragment,
+    Lease,
     Range,
     committed_steps,
     latest,
@@ -28,8 +29,6 @@ from rayft.errors import StorageError
 from rayft.storage import LocalStore
 from tests import checkpoints
 from tests.s3 import FaultyProxy
-
-pytest_plugins = ["tests.s3"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 7])
@@ -158,20 +157,44 @@ def test_a_full_backlog_blocks_and_fragments_may_be_generated(tmp_path: Path) ->
     )
 
 
-def test_a_failed_save_raises_at_the_next_call_once_and_the_writer_goes_on(tmp_path: Path) -> None:
+def test_a_failed_save_raises_once_and_the_next_one_is_not_lost(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     writer = CheckpointWriter(store, 0, 0, 1)
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/step-1").write_text("in the way")
+    for step in (1, 3):
+        (tmp_path / f"checkpoints/step-{step}").write_text("in the way")
     writer.save(1, checkpoints.fragments(1, 0, 1), {})
     with pytest.raises(StorageError, match="step-1"):
-        writer.wait()
+        writer.save(2, checkpoints.fragments(2, 0, 1), checkpoints.state(2))
     writer.wait()
-    writer.save(2, checkpoints.fragments(2, 0, 1), checkpoints.state(2))
+    writer.save(3, checkpoints.fragments(3, 0, 1), {})
+    with pytest.raises(StorageError, match="step-3"):
+        writer.wait()
     writer.close()
-    (tmp_path / "checkpoints/step-1").unlink()
     assert committed_steps(store) == [2]
     checkpoints.check(store, 2)
+
+
+def test_a_rank_that_failed_and_went_on_is_not_waited_for(tmp_path: Path) -> None:
+    """The failed step is given up as soon as the rank has saved a later one: long before the time-out."""
+    store = LocalStore(tmp_path)
+    first, second = (CheckpointWriter(store, 0, rank, 2, timeout_s=300) for rank in range(2))
+    first.save(1, checkpoints.fragments(1, 0, 2), checkpoints.state(1))
+    second.save(2, checkpoints.fragments(2, 1, 2), {})
+    with pytest.raises(StorageError, match=r"step 1 .* rank 1 of 2 failed to save its part and went on"):
+        first.save(2, checkpoints.fragments(2, 0, 2), checkpoints.state(2))
+    for writer in (first, second):
+        writer.close()
+    assert committed_steps(store) == [2]
+    checkpoints.check(store, 2)
+
+
+def test_nodes_that_do_not_share_the_path_are_found_at_once(tmp_path: Path) -> None:
+    epoch = Lease.acquire(LocalStore(tmp_path / "here"), {}).begin_attempt(None)
+    CheckpointWriter(LocalStore(tmp_path / "here"), epoch, 0, 2, background=False)
+    with pytest.raises(StorageError, match=r"elsewhere on .* does not hold what the driver wrote") as caught:
+        CheckpointWriter(LocalStore(tmp_path / "elsewhere"), epoch, 1, 2, background=False)
+    assert "do not share this path" in caught.value.remedy
 
 
 def test_missing_ranks_are_named(tmp_path: Path) -> None:
@@ -180,7 +203,7 @@ def test_missing_ranks_are_named(tmp_path: Path) -> None:
         writer = CheckpointWriter(store, 0, rank, 4, timeout_s=0.2, background=rank == 0)
         writer.save(1, checkpoints.fragments(1, rank, 4), {})
         if rank == 0:
-            with pytest.raises(StorageError, match=r"step 1 .* the data of rank 1, 2, 3 of 4 is missing"):
+            with pytest.raises(StorageError, match=r"step 1 .* the part of rank 1, 2, 3 of 4 is missing"):
                 writer.wait(60)
     assert latest(store) is None
 

@@ -85,7 +85,7 @@ def documents_of(step: StepPlan) -> list[int]:
     st.integers(1, 3),
     st.booleans(),
 )
-def test_a_step_is_the_same_on_any_number_of_ranks(  # noqa: PLR0917
+def test_a_step_is_the_same_on_any_number_of_ranks(
     corpus: tuple[Data, Corpus], position: int, train: Train, world_size: int, micro: int, packed: bool
 ) -> None:
     data, made = corpus

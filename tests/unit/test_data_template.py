@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -292,13 +293,17 @@ TRL_TEMPLATES = sorted(
 )
 
 
+def tokenizer_for(path: Path) -> ChatTokenizer:
+    """A tokenizer that knows the special tokens of a template."""
+    template = path.read_text()
+    special = {"<s>", "</s>", *re.findall(r"<\|?[\w｜▁ ]+\|?>|<\|[\w/]+\|>|\[/?[A-Z_]+\]", template)}
+    return ChatTokenizer(byte_tokenizer(template, bos="<s>", eos="</s>", special=sorted(special)))
+
+
 @pytest.mark.parametrize("path", TRL_TEMPLATES, ids=lambda path: path.stem)
 def test_real_templates_are_exact_or_refused(path: Path) -> None:
     """The templates of real models that TRL ships: trained as inference sees it, or a sentence that says why not."""
-    template = path.read_text()
-    special = {"<s>", "</s>", *re.findall(r"<\|?[\w｜▁ ]+\|?>|<\|[\w/]+\|>|\[/?[A-Z_]+\]", template)}
-    fast = byte_tokenizer(template, bos="<s>", eos="</s>", special=sorted(special))
-    tokenizer = ChatTokenizer(fast)
+    tokenizer = tokenizer_for(path)
     row = conversation("What is it?", "A bus.", "And\nthat?", "A boat, that.")
     if path.stem in REFUSED:
         with pytest.raises(DataError, match=f"row 1: .*{REFUSED[path.stem]}"):
@@ -307,3 +312,21 @@ def test_real_templates_are_exact_or_refused(path: Path) -> None:
     answers = check_like_inference(tokenizer, row, tokenizer.encode(row))
     assert "A bus." in answers[0]
     assert "A boat, that." in answers[1]
+
+
+@pytest.mark.parametrize("path", TRL_TEMPLATES, ids=lambda path: path.stem)
+def test_tool_calls_and_what_follows_them(path: Path) -> None:
+    tokenizer = tokenizer_for(path)
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Xanadu"}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "rain", "name": "get_weather"},
+        {"role": "assistant", "content": "It rains."},
+    ]
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tool = {"name": "get_weather", "description": "Weather of a city.", "parameters": parameters}
+    row = Conversation(messages, [{"type": "function", "function": tool}], [None] * 4)
+    answers = check_like_inference(tokenizer, row, tokenizer.encode(row))
+    assert "Xanadu" in answers[0]
+    assert "It rains." in answers[1]

@@ -12,17 +12,20 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rayft.checkpoint import CheckpointReader, CheckpointWriter, Fragment
-from rayft.errors import StorageError
+from rayft.errors import JobError, StorageError
 from rayft.model.adapters import add_adapter
 from rayft.model.export import export_model
 from rayft.model.files import ModelFiles, resolve_model
 from rayft.model.load import build_model
+from rayft.model.trained import Adapted
 from rayft.spec import Job, Model, parse_job
 from rayft.storage import LocalStore
-from tests.tiny import FAMILIES, save_tiny
+from tests.tiny import FAMILIES, save_tiny, tiny_config, tiny_tokenizer
+
+pytest_plugins = ["tests.s3"]
 
 PROMPTS = [list(range(30)), [5, 4, 3, 2, 1], list(range(100, 140))]
 
@@ -142,3 +145,138 @@ def test_adapters_merge_exactly_and_load_apart(family: str, variant: str, tmp_pa
     )
     assert largest_difference(apart, module) < 2e-6
     assert AutoTokenizer.from_pretrained(tmp_path / "apart").chat_template
+
+
+def exported(tmp_path: Path, **adapter: Any) -> tuple[Job, ModelFiles, CheckpointReader]:
+    base = save_tiny(tmp_path / "base")
+    job, files = make_job(base, **adapter), resolved(base, tmp_path / "cache")
+    return job, files, checkpoint(trained(job, files), tmp_path / "run")
+
+
+def test_cast_and_shards(tmp_path: Path) -> None:
+    job, files, reader = exported(tmp_path, use_rslora=True)
+    out = tmp_path / "out"
+    report = export_model(reader, files, job, out, prompts=PROMPTS, max_shard_bytes=20_000)
+    assert sorted(out.glob("*.safetensors")) != []
+    assert all(path.stat().st_size < 25_000 for path in out.glob("model-*.safetensors"))
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto", attn_implementation="eager")
+    assert loaded.dtype == torch.bfloat16
+    assert report.proof is not None
+    assert report.proof.merge_error < 1e-5 < report.proof.stored_error < 0.05
+
+    whole = tmp_path / "whole"
+    export_model(reader, files, job, whole, max_shard_bytes=20_000, dtype=torch.float32)
+    in_fp32 = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.bfloat16, attn_implementation="eager")
+    assert largest_difference(loaded, in_fp32) == 0.0, "merged in fp32, then cast"
+
+
+def test_a_checkpoint_in_bf16(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", dtype=torch.bfloat16)
+    job, files = make_job(base), resolved(base, tmp_path / "cache")
+    module: nn.Module = build_model(files, job.model, dtype=torch.bfloat16, attention="eager")
+    for parameter in module.parameters():
+        parameter.data *= 1.5
+    fragments = [
+        Fragment(name, "param", tuple(p.shape), "bfloat16", 0, p.detach().flatten().view(torch.uint16).numpy())
+        for name, p in module.named_parameters()
+    ]
+    store = LocalStore(tmp_path / "run")
+    CheckpointWriter(store, 0, 0, 1, background=False).save(3, fragments, {})
+    export_model(CheckpointReader(store, 3), files, job, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", attn_implementation="eager")
+    assert largest_difference(loaded, module) == 0.0
+
+
+def test_persistent_buffers_come_from_the_base_uncast(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    values |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    config = AutoConfig.for_model("glm4_moe", **{**tiny_config().to_diff_dict(), **values})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    model.get_buffer(bias).copy_(torch.tensor([5.001, 5.002, 5.003, 5.004]))
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    job, files = make_job(tmp_path / "base"), resolved(tmp_path / "base", tmp_path / "cache")
+    export_model(checkpoint(trained(job, files), tmp_path / "run"), files, job, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.get_buffer(bias), model.get_buffer(bias))
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    job, files, reader = exported(tmp_path, lora_dropout=0.0)
+    out = tmp_path / "out"
+    export_model(reader, files, job, out, merge=False)
+    (out / "notes.txt").write_text("mine")
+    export_model(reader, files, job, out, max_shard_bytes=20_000)
+    assert not (out / "adapter_config.json").exists()
+    assert not (out / "adapter_model.safetensors").exists()
+    export_model(reader, files, job, out)
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob(".export-*")), "no temporary folder is left"
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "data.csv").write_text("1,2")
+    with pytest.raises(JobError, match="not empty and holds no export"):
+        export_model(reader, files, job, tmp_path / "other")
+    with pytest.raises(JobError, match="not empty and holds no export"):
+        export_model(reader, files, job, files.folder)
+
+
+def test_export_to_s3(tmp_path: Path, s3_bucket: str) -> None:
+    job, files, reader = exported(tmp_path, lora_dropout=0.0)
+    uri = f"s3://{s3_bucket}/runs/one/model"
+    report = export_model(reader, files, job, uri, prompts=PROMPTS)
+    assert report.uri == uri
+    found = resolved(uri, tmp_path / "cache")  # type: ignore[arg-type]
+    export_model(reader, files, job, tmp_path / "local", prompts=PROMPTS)
+    assert found.identity == resolved(tmp_path / "local", tmp_path / "cache").identity
+
+
+def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
+    job, files, reader = exported(tmp_path, target_modules=["q_proj"])
+    for other in (make_job(files.folder, target_modules=["q_proj", "v_proj"]), make_job(files.folder)):
+        with pytest.raises(StorageError, match=r"does not belong to this job.*job\.yaml"):
+            export_model(reader, files, other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_merge_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, files, reader = exported(tmp_path, lora_dropout=0.0)
+    read = Adapted.read
+
+    def wrong(self: Adapted, name: str) -> torch.Tensor:
+        return read(self, name) * (1.01 if name.endswith("layers.1.mlp.up_proj.weight") else 1.0)
+
+    monkeypatch.setattr(Adapted, "read", wrong)
+    with pytest.raises(StorageError, match="differs from base and adapter by .*not published"):
+        export_model(reader, files, job, tmp_path / "out", prompts=PROMPTS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_qlora_adapter_is_merged_into_the_unquantized_model(tmp_path: Path) -> None:
+    job, files, reader = exported(tmp_path, lora_dropout=0.0)
+    qlora = job.model_copy(update={"adapter": job.adapter.model_copy(update={"type": "qlora"})})
+    report = export_model(reader, files, qlora, tmp_path / "out", prompts=PROMPTS)
+    assert report.proof is not None
+    assert report.proof.merge_error < 1e-5
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", num_hidden_layers=6)
+    job, files = make_job(base, use_dora=True), resolved(base, tmp_path / "cache")
+    adapted = Adapted(checkpoint(trained(job, files), tmp_path / "run"), files, job.model, job.adapter)
+    most = 0
+
+    def watch(*_: Any) -> None:
+        nonlocal most
+        most = max(most, sum(p.numel() for p in adapted.module.parameters() if not p.is_meta))
+
+    for module in adapted.module.modules():
+        module.register_forward_hook(watch)
+    adapted.adapted.logits(PROMPTS)
+    layer = sum(p.numel() for p in adapted.adapted.units["base_model.model.model.layers.0"].parameters())
+    embeddings = 264 * 32
+    assert 0 < most <= max(layer, embeddings)
+    assert all(parameter.is_meta for parameter in adapted.module.parameters())

@@ -118,11 +118,11 @@ def test_gguf_in_a_package_is_converted_without_importing_the_package(tmp_path: 
     assert (config.model_type, config.num_hidden_layers, config.tie_word_embeddings) == ("llama", 30, True)
     assert not hasattr(config, "quantization_config")
     tokenizer = load_tokenizer(files, model("x"))
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "2 + 2 = "}], tokenize=False)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], tokenize=False)
     ids = tokenizer(text + "<|im_start|>assistant\n", add_special_tokens=False, return_tensors="pt")
     loaded = AutoModelForCausalLM.from_pretrained(files.folder)
     answer = loaded.generate(**ids, max_new_tokens=8, do_sample=False)
-    assert "4" in tokenizer.decode(answer[0, ids["input_ids"].shape[1] :])
+    assert "Paris" in tokenizer.decode(answer[0, ids["input_ids"].shape[1] :])
 
 
 def _installed(package: str) -> bool:
@@ -135,10 +135,10 @@ def test_s3_models_come_through_the_node_cache(
     tmp_path: Path, s3_bucket: str, resolve: Callable[..., ModelFiles]
 ) -> None:
     local = save_tiny(tmp_path / "a")
-    store = open_store(f"s3://{s3_bucket}/runs/one/model")
+    run = open_store(f"s3://{s3_bucket}/runs/one")
+    run.put("log.jsonl", b"{}")
     for file in local.iterdir():
-        store.upload(file, file.name)
-    store.child("..") if False else open_store(f"s3://{s3_bucket}/runs/one").put("log.jsonl", b"{}")
+        run.upload(file, f"model/{file.name}")
     files = resolve(f"s3://{s3_bucket}/runs/one/model")
     assert files.identity == resolve(local).identity
     assert resolve(f"s3://{s3_bucket}/runs/one").folder == files.folder, "a run folder stands for its model"

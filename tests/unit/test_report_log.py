@@ -26,9 +26,6 @@ class RemoteStore(LocalStore):
     def local_path(self, key: str) -> Path | None:  # type: ignore[override]
         return None
 
-    def _file(self, key: str) -> Path:
-        return self.root / key
-
     def put(self, key: str, data: Any) -> None:
         if self.away:
             raise StorageError("The store is away.")
@@ -36,6 +33,9 @@ class RemoteStore(LocalStore):
 
     def get(self, key: str) -> bytes:
         return LocalStore(self.root).get(key)
+
+    def upload(self, path: Path, key: str) -> None:
+        LocalStore(self.root).upload(path, key)
 
     def list(self, prefix: str = "") -> list[Any]:
         return LocalStore(self.root).list(prefix)

@@ -137,7 +137,7 @@ def test_summary_of_a_log() -> None:
         "peak memory": "2.25 GB per rank",
         "evaluation loss": "0.9000, best 0.7000 at step 1",
         "checkpoints": "1, the last at step 2",
-        "resumed": "1 times, the last from step 1",
+        "resumed": "once from step 1",
     }
     assert summary([]) == {}
     out = io.StringIO()

@@ -13,8 +13,6 @@ from rayft.storage import LocalStore, ObjectNotFound, node_cache
 from rayft.storage.s3 import S3Store
 from tests.s3 import FaultyProxy
 
-pytest_plugins = ["tests.s3"]
-
 
 def test_local_objects_are_not_copied(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "store")

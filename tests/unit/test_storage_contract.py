@@ -12,8 +12,6 @@ from rayft.errors import JobError, StorageError
 from rayft.storage import ObjectNotFound, Store, open_store
 from rayft.storage.s3 import S3Store
 
-pytest_plugins = ["tests.s3"]
-
 PART = 5 << 20  # the smallest part S3 allows
 
 

@@ -11,8 +11,6 @@ from rayft.storage import RetryPolicy
 from rayft.storage.s3 import S3Store
 from tests.s3 import FaultyProxy
 
-pytest_plugins = ["tests.s3"]
-
 QUICK = RetryPolicy(attempts=4, total_s=30, base_s=0.01, cap_s=0.05)
 PART = 5 << 20
 BIG = bytes(range(256)) * (3 * PART // 256)

@@ -1,0 +1,177 @@
+"""Kill, stop and replace parts of real runs: the result is the undisturbed run's, to the last bit.
+
+Several kills at different steps of one run stand for several cells of the matrix, and all runs share one folder of
+data and one undisturbed run to compare with.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayft.storage import open_store
+from tests.cluster.steps import prepare_folder, small_job
+from tests.runs import (
+    Started,
+    assert_same_state,
+    events,
+    losses,
+    rayft,
+    send,
+    step_reached,
+    wait_until,
+    write_job,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = 36
+LORA = {"type": "lora", "lora_r": 4, "lora_dropout": 0.2}
+
+
+class Runs:
+    """Job files over one folder, and the undisturbed run."""
+
+    def __init__(self, folder: Path) -> None:
+        # Wide enough that a step and a checkpoint last long enough to be hit.
+        self.folder = prepare_folder(
+            folder, hidden_size=192, intermediate_size=512, num_hidden_layers=4, head_dim=48
+        )
+        self.whole = self.run_to_end("whole")
+
+    def job(self, name: str, **cluster: float) -> Path:
+        job = small_job(
+            self.folder,
+            name=name,
+            seed=3,
+            adapter=LORA,
+            train={"max_steps": STEPS, "max_grad_norm": 0.5, "precision": "bf16"},
+            zero={"stage": 2},
+            cluster={"num_workers": 2, "hang_timeout_s": 60, **cluster},
+            checkpoint={"every_steps": 4},
+        )
+        return write_job(job, self.folder / f"{name}.yaml")
+
+    def uri(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def start(self, name: str, *extra: str, **cluster: float):  # type: ignore[no-untyped-def]
+        return rayft("run", str(self.job(name, **cluster)), *extra, log=self.folder / f"{name}.log")
+
+    def run_to_end(self, name: str, *extra: str) -> Path:
+        with self.start(name, *extra) as run:
+            assert run.wait() == 0, run.output()
+        return self.uri(name)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("kill"))
+
+
+def uncommitted(uri: Path, beyond: int) -> bool:
+    """Whether a checkpoint after step `beyond` has data but no manifest."""
+    for folder in (uri / "checkpoints").glob("step-*"):
+        names = {path.name for path in folder.iterdir()}
+        if int(folder.name.split("-")[1]) > beyond and any(n.endswith(".bin") for n in names):
+            return not any(n.startswith("manifest") for n in names)
+    return False
+
+
+def kill_a_worker(run: Started) -> None:
+    workers = wait_until("the workers", run.workers, run)
+    send(workers[-1], signal.SIGKILL)
+
+
+def test_killed_worker_and_killed_trees_change_nothing(runs: Runs) -> None:
+    """A worker in mid-step, everything in mid-checkpoint, everything in mid-step."""
+    store = open_store(runs.uri("killed"))
+    with runs.start("killed") as run:
+        wait_until("step 6", step_reached(store, 6), run)
+        kill_a_worker(run)
+        wait_until("the group to resume", lambda: events(store, "resume"), run)
+        wait_until("a checkpoint in the making", lambda: uncommitted(runs.uri("killed"), 8), run)
+        run.kill_tree()
+    with runs.start("killed") as run:
+        wait_until("step 22", step_reached(store, 22), run)
+        run.kill_tree()
+    runs.run_to_end("killed")
+    assert_same_state(runs.uri("killed"), runs.whole)
+    assert losses(store) == losses(open_store(runs.whole))
+    assert len(events(store, "resume")) == 3
+
+
+def test_stopped_worker_is_noticed_and_the_group_restarted(runs: Runs) -> None:
+    """SIGSTOP in mid-step: noticed after cluster.hang_timeout_s, stacks of all ranks kept, the result unchanged."""
+    store = open_store(runs.uri("stopped"))
+    with runs.start("stopped", hang_timeout_s=10) as run:
+        wait_until("step 6", step_reached(store, 6), run)
+        send(wait_until("the workers", run.workers, run)[-1], signal.SIGSTOP)
+        hang = wait_until("the hang to be noticed", lambda: events(store, "hang"), run)[0]
+        assert run.wait() == 0, run.output()
+    assert "made no progress" in hang["message"]
+    stacks = sorted((runs.uri("stopped") / "stacks").rglob("rank-*.txt"))
+    assert [path.name for path in stacks] == ["rank-0.txt", "rank-1.txt"]
+    assert any("train (rayft/train/worker.py" in path.read_text() for path in stacks), stacks[0].read_text()
+    assert_same_state(runs.uri("stopped"), runs.whole)
+
+
+def test_stopped_driver_is_replaced_and_writes_no_more(runs: Runs) -> None:
+    """SIGSTOP a driver, start a second, SIGCONT the first: one history, nothing torn, and the first one says so."""
+    store = open_store(runs.uri("replaced"))
+    with runs.start("replaced") as first:
+        wait_until("step 6", step_reached(store, 6), first)
+        for process in first.tree():
+            send(process, signal.SIGSTOP)
+        with rayft("run", str(runs.job("replaced")), log=runs.folder / "second.log") as second:
+            wait_until("the second driver to train", lambda: events(store, "resume"), second)
+            for process in first.tree():
+                send(process, signal.SIGCONT)
+            assert second.wait() == 0, second.output()
+        assert first.wait() == 9, first.output()
+        assert "taken over" in first.output()
+    assert_same_state(runs.uri("replaced"), runs.whole)
+    assert losses(store) == losses(open_store(runs.whole))
+
+
+def test_second_start_of_a_living_run_is_refused(runs: Runs) -> None:
+    store = open_store(runs.uri("busy"))
+    with runs.start("busy") as first:
+        wait_until("step 2", step_reached(store, 2), first)
+        with rayft("run", str(runs.job("busy")), log=runs.folder / "refused.log") as second:
+            assert second.wait() == 4, second.output()
+            assert "is being written by" in second.output()
+
+
+@pytest.mark.parametrize("overrides", [("cluster.num_workers=1", "zero.stage=0"), ("zero.stage=3",)])
+def test_other_ranks_and_stage_continue_the_curve(runs: Runs, overrides: tuple[str, ...]) -> None:
+    """Asked to stop (code 8) on 2 ranks with ZeRO-2, resumed otherwise: the losses go on as if nothing had been."""
+    name = f"moved-{len(overrides)}"
+    store = open_store(runs.uri(name))
+    job = small_job(
+        runs.folder,
+        name=name,
+        train={"max_steps": STEPS},
+        zero={"stage": 2},
+        cluster={"num_workers": 2},
+        checkpoint={"every_steps": 4},
+    )
+    path = write_job(job, runs.folder / f"{name}.yaml")
+    with rayft("run", str(path), log=runs.folder / f"{name}.log") as run:
+        wait_until("step 6", step_reached(store, 6), run)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 8, run.output()
+    stopped_at = max(losses(store))
+    assert stopped_at < STEPS
+    with rayft("run", str(path), *overrides, log=runs.folder / f"{name}.log") as run:
+        assert run.wait() == 0, run.output()
+    whole = "moved-whole"
+    if not runs.uri(whole).exists():
+        with rayft("run", str(path), f"name={whole}", log=runs.folder / f"{whole}.log") as run:
+            assert run.wait() == 0, run.output()
+    expected, measured = losses(open_store(runs.uri(whole))), losses(store)
+    assert measured.keys() == expected.keys()
+    np.testing.assert_allclose(list(measured.values()), list(expected.values()), rtol=1e-4)
