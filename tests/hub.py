@@ -33,16 +33,24 @@ def serve_hub(repositories: dict[str, Path], gated: set[str]) -> Iterator[str]:
             if not self._allowed(repository):
                 return
             files = sorted(repositories[repository].iterdir())
-            info: object = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}
+            info: object = {
+                "id": repository,
+                "sha": COMMIT,
+                "siblings": [{"rfilename": f.name} for f in files],
+            }
             if tree:
-                info = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": COMMIT} for f in files]
+                info = [
+                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": COMMIT} for f in files
+                ]
             self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
         def _answer_file(self, repository: str, name: str) -> None:
             if not self._allowed(repository):
                 return
             body = (repositories[repository] / name).read_bytes()
-            self._answer(200, body, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT})
+            self._answer(
+                200, body, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            )
 
         def _allowed(self, repository: str) -> bool:
             if repository in gated:

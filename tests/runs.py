@@ -33,8 +33,8 @@ class Started:
     def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
         self._file = log.open("ab")
-        env = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **environment}
-        env.pop("RAY_ADDRESS", None)
+        inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        env = {**inherited, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **environment}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "rayft.cli", *arguments],
             cwd=ROOT,

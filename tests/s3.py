@@ -1,7 +1,7 @@
 """S3 for tests: a moto server over HTTP in a process of its own, and a proxy that makes it misbehave.
 
-Fixtures: `s3_bucket` is the name of a fresh bucket, with the AWS variables of
-this process (and of what it starts) pointing at the server; with `s3_proxy` they point at the proxy in front of it.
+Fixtures: `s3_bucket` is the name of a fresh bucket, with the AWS variables of this process (and of what it
+starts) pointing at the server; with `s3_proxy` they point at the proxy in front of it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ Kind = Literal[
     "torn_write",  # half of the request's body is stored, and confirmed
     "full",  # 507 XMinioStorageFull
     "denied",  # 403 AccessDenied
+    "no_such_upload",  # 404 NoSuchUpload: some services answer so to the second completion of an upload
     "unconditional",  # forwarded without its If-None-Match: a service that ignores it
 ]
 _ERRORS = {
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "full": (507, "XMinioStorageFull", "Storage backend has reached its minimum free drive threshold."),
     "denied": (403, "AccessDenied", "Access Denied."),
+    "no_such_upload": (404, "NoSuchUpload", "The specified multipart upload does not exist."),
 }
 _TIMEOUT_S = 60
 

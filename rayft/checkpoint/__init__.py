@@ -1,9 +1,9 @@
 """Checkpoints that belong to no world size, and the lease that keeps a run to one writer.
 
-Each rank hands a `CheckpointWriter` the fragments it owns; rank 0 commits them with a manifest, written last. A
-`CheckpointReader` gives any range of any tensor to any number of ranks. `Lease` decides who may write and which commits
-count; `latest` finds what to resume from; `retain` deletes what is old. No torch here: tensors are 1-D numpy arrays,
-bfloat16 as uint16 with the dtype's name beside it.
+Each rank hands a `CheckpointWriter` the fragments it owns; rank 0 commits them with a manifest, written last.
+A `CheckpointReader` gives any range of any tensor to any number of ranks. `Lease` decides who may write and
+which commits count; `latest` finds what to resume from; `retain` deletes what is old. No torch here: tensors
+are 1-D numpy arrays, bfloat16 as uint16 with the dtype's name beside it.
 """
 
 from rayft.checkpoint.fragments import Fragment, storage_dtype

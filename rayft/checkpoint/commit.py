@@ -23,8 +23,8 @@ def commit(
 ) -> None:
     """Wait for the indexes of all ranks, check that they make a whole checkpoint, and write its manifest.
 
-    Raises `StorageError` if a rank's part does not come or is not what it wrote, `LeaseLost` if this epoch is over,
-    `ValueError` if the fragments do not tile every tensor.
+    Raises `StorageError` if a rank's part does not come or is not what it wrote, `LeaseLost` if this epoch is
+    over, `ValueError` if the fragments do not tile every tensor.
     """
     names = [layout.index_name(epoch, rank, world_size) for rank in range(world_size)]
     sizes = _wait_for_ranks(store, epoch, step, names, timeout_s)
@@ -77,7 +77,7 @@ def _wait_for_ranks(
 
 
 def _published_later(entries: Sequence[Entry], step: int, name: str) -> bool:
-    """Whether the rank with the index `name` has finished a later step: ranks save in order, so this one will not come."""
+    """Whether that rank has published a later step: ranks save in order, so this step's part will not come."""
     return any(
         entry.key.endswith("/" + name)
         and (item := layout.parse_object(entry.key)) is not None

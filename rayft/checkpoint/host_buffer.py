@@ -9,7 +9,7 @@ ALIGN_BYTES = 64  # a fragment starts aligned for every dtype, in memory and in 
 
 
 class HostBuffer:
-    """Bytes appended one after the other into blocks that are allocated once: no growth by copying, no free and fault again."""
+    """Bytes appended one after the other into blocks that are allocated once and never moved."""
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         self._block_bytes = block_bytes

@@ -1,8 +1,9 @@
 """One writer per run: a lease as a history of numbered records, which holds no lock and survives SIGSTOP.
 
-A driver acquires the lease, then opens an epoch for each worker group it starts. Whoever creates the next record takes
-over; a driver that sleeps through this finds out when it next writes, and what it commits meanwhile is outside the
-lineage. Clocks of two machines are never compared: the only clock is that of the one who waits.
+A driver acquires the lease, then opens an epoch for each worker group it starts. Whoever creates the next
+record takes over; a driver that sleeps through this finds out when it next writes, and what it commits
+meanwhile is outside the lineage. Clocks of two machines are never compared: the only clock is that of the one
+who waits.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class Lease:
     ) -> Lease:
         """Take the lease if it is free: released, its holder certainly gone, or silent for `ttl_s` seconds.
 
-        owner_info: anything of use to people (user, job id), as JSON. takeover: do not wait and see. on_wait: told once
-        before waiting. Raises `ResourceError` if the holder lives, `StorageError` if the storage has no conditional writes.
+        owner_info: anything of use to people (user, job id), as JSON. takeover: do not wait and see. on_wait:
+        told once before waiting. Raises `ResourceError` if the holder lives, `StorageError` if the storage
+        has no conditional writes.
         """
         owner = {**owner_info, **process.identity(), "id": uuid.uuid4().hex, "beat_s": ttl_s / _BEATS_PER_TTL}
         newest = records.newest_record(store)
@@ -70,8 +72,8 @@ class Lease:
     def resume(self, *, verify: bool = True, on_skip: OnSkip | None = None) -> tuple[int, int | None]:
         """Open an epoch for a worker group; returns it and the step to resume from (None: from nothing).
 
-        First a record fences off the group before, which may still be writing; only then is the newest good checkpoint
-        looked for, so none can appear or vanish in between. Raises `LeaseLost`, or `StorageError`.
+        First a record fences off the group before, which may still be writing; only then is the newest good
+        checkpoint looked for, so none can appear or vanish in between. Raises `LeaseLost`, or `StorageError`.
         """
         self._append("fenced")
         step = latest(self.store, verify=verify, on_skip=on_skip)
@@ -80,8 +82,8 @@ class Lease:
     def begin_attempt(self, resumed_step: int | None) -> int:
         """Open an epoch that resumes from `resumed_step`; returns it. Raises `LeaseLost`.
 
-        From now on commits of earlier epochs count up to that step only. Choose the step after `acquire` or by `resume`:
-        a step chosen while a group of an earlier epoch may still write and delete can be gone.
+        From now on commits of earlier epochs count up to that step only. Choose the step after `acquire` or
+        by `resume`: a step chosen while a group of an earlier epoch may still write and delete can be gone.
         """
         self._append("started", resumed_step)
         return self.epoch
@@ -141,7 +143,7 @@ class Lease:
                     return
                 self.heartbeat()
             except StorageError:
-                # A storage that does not answer ends the run at the next commit, with its reason; until then go on trying.
+                # A storage that does not answer ends the run at its next commit, with the reason; until then go on.
                 pass
             if self._stop.wait(self._beat_s):
                 return

@@ -33,7 +33,8 @@ class StoredFile:
 class StoredFragment:
     """Where a fragment lies: `offset` and `length` in elements of the flattened tensor, `byte_offset` in the file.
 
-    checksums: one per chunk of `CHUNK_BYTES`, so that a part of a huge fragment can be read and verified alone.
+    checksums: one per chunk of `CHUNK_BYTES`, so that a part of a huge fragment can be read and verified
+    alone.
     """
 
     offset: int
@@ -84,7 +85,8 @@ class Manifest:
 def merge(indexes: Sequence[Manifest], state: dict[str, Any]) -> Manifest:
     """The manifest of a checkpoint from the indexes of all its ranks.
 
-    Raises `ValueError` where the fragments of all ranks do not tile every tensor exactly: a bug in whoever made them.
+    Raises `ValueError` where the fragments of all ranks do not tile every tensor exactly: a bug in whoever
+    made them.
     """
     tensors: dict[tuple[str, str], list[StoredTensor]] = {}
     for index in indexes:
@@ -148,7 +150,8 @@ def _merge_tensor(parts: Sequence[StoredTensor]) -> StoredTensor:
     for part in parts:
         if (part.shape, part.dtype) != (first.shape, first.dtype):
             raise ValueError(
-                f"{first.kind} {first.name!r} is {first.dtype}{first.shape} on one rank and {part.dtype}{part.shape} on another"
+                f"{first.kind} {first.name!r} is {first.dtype}{first.shape} on one rank "
+                f"and {part.dtype}{part.shape} on another"
             )
     fragments = sorted((piece for part in parts for piece in part.fragments), key=lambda piece: piece.offset)
     problem = tiling_error(first.size, ((piece.offset, piece.length) for piece in fragments))

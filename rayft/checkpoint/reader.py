@@ -33,9 +33,9 @@ class Range(NamedTuple):
 class CheckpointReader:
     """The committed checkpoint of `step`. Every byte it returns has passed its checksum.
 
-    store: the run's folder. cache_dir: where a remote checkpoint's files are kept once per node, for ranks that read
-    much of it; without it each read fetches its own ranges. Raises `StorageError` if the step is not committed, and
-    `CorruptCheckpoint` if it is damaged.
+    store: the run's folder. cache_dir: where a remote checkpoint's files are kept once per node, for ranks
+    that read much of it; without it each read fetches its own ranges. Raises `StorageError` if the step is
+    not committed, and `CorruptCheckpoint` if it is damaged.
     """
 
     def __init__(self, store: Store, step: int, *, cache_dir: Path | str | None = None) -> None:

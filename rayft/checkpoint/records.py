@@ -1,8 +1,8 @@
 """The lease's history: numbered immutable records, and which commits count by them.
 
-Each record is created by a conditional write under the number after the newest, so all writers agree on one order, and
-nobody holds a lock that could outlive it. The number is the epoch. A record carries the whole lineage (which step each
-attempt resumed from), so the newest alone tells which commits count.
+Each record is created by a conditional write under the number after the newest, so all writers agree on one
+order, and nobody holds a lock that could outlive it. The number is the epoch. A record carries the whole
+lineage (which step each attempt resumed from), so the newest alone tells which commits count.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Lineage:
     def counts(self, epoch: int, step: int) -> bool:
         """Whether a commit of `step` by `epoch` is part of the run's one history.
 
-        A stale writer that wakes up and commits step 44 in epoch 3 after epoch 4 resumed from step 40 is never seen.
+        A stale writer that wakes up and commits step 44 in epoch 3 after epoch 4 resumed from step 40 is
+        never seen.
         """
         return all(
             resumed is not None and step <= resumed for later, resumed in self.attempts if later > epoch

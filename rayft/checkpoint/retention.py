@@ -22,12 +22,14 @@ def retain(
 ) -> list[int]:
     """Delete all but the newest `keep` good checkpoints and `keep_steps`; returns the committed steps deleted.
 
-    Also removed: what writers of dead epochs left uncommitted, commits outside the lineage, and saves of this epoch that
-    failed before a later one was committed. Never touched: anything of this epoch that may still be in flight.
+    Also removed: what writers of dead epochs left uncommitted, commits outside the lineage, and saves of this
+    epoch that failed before a later one was committed. Never touched: anything of this epoch that may still
+    be in flight.
 
-    epoch: the caller's own; `LeaseLost` if it is not the newest any more. None takes the newest (nobody is writing).
-    verify: whether one kept checkpoint must first pass all its checksums; if none does, the deletion stops at the newest
-    older one that passes. None verifies where the store is local (on S3 the service verified each upload).
+    epoch: the caller's own; `LeaseLost` if it is not the newest any more. None takes the newest (nobody is
+    writing). verify: whether one kept checkpoint must first pass all its checksums; if none does, the
+    deletion stops at the newest older one that passes. None verifies where the store is local (on S3 the
+    service verified each upload).
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
@@ -35,7 +37,7 @@ def retain(
     known = survey(store)
     # Checked after looking: whoever takes over from here on sees the newest commit too, so what is older may go.
     check_epoch(store, epoch)
-    verify = store.local_path("x") is not None if verify is None else verify
+    verify = store.local_path(layout.CHECKPOINTS) is not None if verify is None else verify
     kept = {*_survivors(store, known, keep, verify), *keep_steps}
     newest = max(known.good, default=-1)
     doomed: list[tuple[int, str]] = []
@@ -77,9 +79,9 @@ def _passes(store: Store, manifest: Manifest) -> bool:
 
 def _delete(store: Store, keys: Sequence[str]) -> None:
     """Manifests first: from then on no reader takes for a checkpoint what is losing its files."""
-    manifests = [key for key in keys if (item := layout.parse_object(key)) and item.is_manifest]
+    manifests = {key for key in keys if (item := layout.parse_object(key)) and item.is_manifest}
     store.delete(manifests)
-    store.delete(key for key in keys if key not in set(manifests))
+    store.delete(key for key in keys if key not in manifests)
 
 
 def _is_dead(key: str, epoch: int, newest: int) -> bool:

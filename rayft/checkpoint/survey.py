@@ -57,8 +57,8 @@ def committed_steps(store: Store) -> list[int]:
 def latest(store: Store, *, verify: bool = True, on_skip: OnSkip | None = None) -> int | None:
     """The newest good step, or None; damaged ones are walked back over and told to `on_skip(step, reason)`.
 
-    With `verify` the checksums of all its data are verified. Raises `StorageError` if the storage does not answer:
-    only what is there and wrong is skipped.
+    With `verify` the checksums of all its data are verified. Raises `StorageError` if the storage does not
+    answer: only what is there and wrong is skipped.
     """
     known = survey(store)
     tell = on_skip or (lambda step, reason: None)

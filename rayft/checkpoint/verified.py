@@ -37,7 +37,8 @@ class _Chunk:
 class VerifiedFiles:
     """The files of one committed checkpoint.
 
-    With `cache_dir`, files of a remote store are downloaded there once per node and mapped; without, ranges are fetched.
+    With `cache_dir`, files of a remote store are downloaded there once per node and mapped; without, ranges
+    are fetched.
     """
 
     def __init__(self, store: Store, manifest: Manifest, cache_dir: Path | None = None) -> None:
@@ -75,7 +76,7 @@ class VerifiedFiles:
                 raise
 
     def _verified(self, chunks: list[_Chunk]) -> np.ndarray:
-        """The bytes from the first chunk to the last, which lie close together in one file, once all checksums agree."""
+        """The bytes from the first chunk to the last, all close together in one file, once the checksums agree."""
         first, last = chunks[0], chunks[-1]
         data = self._bytes(first.file, first.start, last.start + last.length - first.start)
         for chunk in chunks:

@@ -54,12 +54,14 @@ class _Save:
 class CheckpointWriter:
     """Writes this rank's fragments; on rank 0 also the manifest that commits the checkpoint once all ranks are there.
 
-    store: the run's folder; epoch: from the lease, the same on all ranks. At most `backlog` saves are under way, each
-    with a host buffer of this rank's data that is kept for the next; a further `save` waits. A save that failed in the
-    background raises at the next `save` or `wait`, once; only its step is lost, and whoever goes on need not save again.
-    All ranks save the same steps in the same order. With `background=False` everything happens inside `save`.
+    store: the run's folder; epoch: from the lease, the same on all ranks. At most `backlog` saves are under
+    way, each with a host buffer of this rank's data that is kept for the next; a further `save` waits. A save
+    that failed in the background raises at the next `save` or `wait`, once; only its step is lost, and
+    whoever goes on need not save again. All ranks save the same steps in the same order. With
+    `background=False` everything happens inside `save`.
 
-    Raises `StorageError` where the storage does not hold the record of `epoch`: a path that the nodes do not share.
+    Raises `StorageError` where the storage does not hold the record of `epoch`: a path that the nodes do not
+    share.
     """
 
     def __init__(
@@ -101,9 +103,10 @@ class CheckpointWriter:
     def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any]) -> float:
         """Copy the fragments and publish them; returns the seconds waited for an earlier save.
 
-        fragments: what this rank owns; over all ranks they tile every tensor exactly once. May be a generator: only one
-        needs to exist at a time. state: a JSON object, rank 0's counts. Raises what an earlier save failed with once this
-        one is under way, `StorageError` if no earlier one ends in time, `ValueError` for a step not later than the last.
+        fragments: what this rank owns; over all ranks they tile every tensor exactly once. May be a
+        generator: only one needs to exist at a time. state: a JSON object, rank 0's counts. Raises what an
+        earlier save failed with once this one is under way, `StorageError` if no earlier one ends in time,
+        `ValueError` for a step not later than the last.
         """
         if step <= self._last_step:
             raise ValueError(f"step {step} is not later than step {self._last_step}, which was saved before")
@@ -155,7 +158,8 @@ class CheckpointWriter:
             return self._free.get(timeout=timeout_s)
         except queue.Empty:
             raise StorageError(
-                f"Writing the checkpoint of step {self._last_step} to {self._store.uri} has not ended within {timeout_s:.0f} s.",
+                f"Writing the checkpoint of step {self._last_step} to {self._store.uri} has not ended "
+                f"within {timeout_s:.0f} s.",
                 "See whether the storage is slow or another rank is stuck; save less often or raise the time-out.",
             ) from None
 

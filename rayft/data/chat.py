@@ -15,7 +15,10 @@ import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
+
+from jinja2 import TemplateError
 
 from rayft.data.formats import Conversation, PromptCompletion, Row, Text
 from rayft.errors import DataError, JobError
@@ -57,9 +60,11 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, loss_on: LossOn) -> None:
         self._tokenizer = tokenizer
         self._loss_on = loss_on
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self._special = tuple(special)
 
     def prompt(self, messages: Sequence[Message], tools: Tools = None) -> str:
-        """The text that inference starts from: the messages and the generation prompt."""
+        """The text that inference starts from: the messages and the generation prompt. Raises jinja2's TemplateError."""
         return self._render(messages, tools, prompt=True).text
 
     def documents(self, row: Row, where: str) -> list[Document]:
@@ -72,8 +77,6 @@ class ChatTemplate:
             start = 0 if self._loss_on == "all" else len(row.prompt)
             text = row.prompt + row.completion
             return [Document(text, [(start, len(text))], plain=True)]
-        from jinja2 import TemplateError
-
         try:
             return self._everything(row, where) if self._loss_on == "all" else self._turns(row, where)
         except TemplateError as error:
@@ -91,15 +94,20 @@ class ChatTemplate:
                 "Set model.chat_template to a Jinja file, or use an instruction-tuned model.",
             )
         template = self._tokenizer.get_chat_template(tools=tools)
-        rendered: Any = render_jinja_template(
-            conversations=[list(messages)],
-            tools=list(tools) if tools else None,
-            chat_template=template,
-            return_assistant_tokens_mask=bool(_GENERATION.search(template)),
-            add_generation_prompt=prompt,
-            strftime_now=FIXED_DATE.strftime,
-            **self._tokenizer.special_tokens_map,
-        )
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[list(messages)],
+                tools=list(tools) if tools else None,
+                chat_template=template,
+                return_assistant_tokens_mask=bool(_GENERATION.search(template)),
+                add_generation_prompt=prompt,
+                strftime_now=FIXED_DATE.strftime,
+                **self._tokenizer.special_tokens_map,
+            )
+        except (
+            Exception
+        ) as error:  # a template is a program: besides its own refusals it raises what Python raises
+            raise TemplateError(str(error) or type(error).__name__) from None
         texts, marks = rendered
         return _Rendered(texts[0], marks[0] if marks else [])
 
@@ -121,10 +129,10 @@ class ChatTemplate:
 
     def _turns(self, row: Conversation, where: str) -> list[Document]:
         missing = self._trained_turns(row, where)
-        upto = {i: self._render(row.messages[: i + 1], row.tools) for i in missing}
+        upto = {i: self._turn(row, i) for i in missing}
         starts = {i: self._turn_start(row, i, upto[i], where) for i in missing}
         last = len(row.messages) - 1
-        text = (upto[last] if last in upto else self._render(row.messages, row.tools)).text
+        text = (upto[last] if last in upto else self._turn(row, last)).text
         documents = []
         while missing:
             exact = [i for i in missing if text.startswith(upto[i].text)]
@@ -154,10 +162,9 @@ class ChatTemplate:
     def _turn_start(self, row: Conversation, i: int, upto: _Rendered, where: str) -> int:
         """Character at which turn i begins in the text of the messages up to it.
 
-        Raises DataError if inference would begin it differently, or if its content is not in it (templates of vision
-        models silently leave out content that is a string).
+        Raises DataError if inference would begin it differently, or if what the message says is not in it: templates
+        of vision models silently leave out content that is a string, older ones tool calls.
         """
-        answer = row.messages[i]["content"].rpartition("</think>")[2].strip()
         start = self._generation_start(row, i, upto)
         if start is None:
             raise DataError(
@@ -165,11 +172,15 @@ class ChatTemplate:
                 "prompt leads to, so training would not match inference.",
                 "Set model.chat_template to one whose generation prompt is how an assistant turn begins.",
             )
-        if answer not in upto.text[start:]:
-            raise DataError(
-                f"{where}: the chat template leaves out the content of message {i + 1} (assistant).",
-                "Set model.chat_template to one that renders content as it is.",
-            )
+        message, turn = row.messages[i], upto.text[start:]
+        calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        said = {"content": [message["content"].rpartition("</think>")[2].strip()], "tool calls": calls}
+        for what, parts in said.items():
+            if not all(part in turn for part in parts):
+                raise DataError(
+                    f"{where}: the chat template leaves out the {what} of message {i + 1} (assistant).",
+                    "Set model.chat_template to one that renders it.",
+                )
         return start
 
     def _generation_start(self, row: Conversation, i: int, upto: _Rendered) -> int | None:
@@ -179,12 +190,37 @@ class ChatTemplate:
             prompt = self.prompt(row.messages[:i], row.tools)
             if upto.text.startswith(prompt):
                 return len(prompt)
-        elif (header := self._generation_prompt()) and header in upto.text:
+        elif (header := self._generation_prompt) and header in upto.text:
             # A conversation that the assistant opens: templates cannot render the empty prompt before it.
             return upto.text.index(header) + len(header)
         return None
 
+    def _turn(self, row: Conversation, i: int) -> _Rendered:
+        """The text up to and including message i, as it stands when more messages follow."""
+        rendered = self._render(row.messages[: i + 1], row.tools)
+        text = rendered.text.removesuffix(self._closing)
+        ended = text.rstrip().endswith(self._special)
+        return _Rendered(text, rendered.marks) if ended else rendered
+
+    @cached_property
+    def _probe(self) -> tuple[str, str]:
+        """A lone question with and without the generation prompt; empty where the template takes none."""
+        question = [{"role": "user", "content": "x"}]
+        try:
+            return self.prompt(question), self._render(question, None).text
+        except TemplateError:
+            return "", ""  # a template that wants more than a question
+
+    @cached_property
+    def _closing(self) -> str:
+        """The token that the template puts after the last message, whoever it is from (Phi-3 does); often none."""
+        with_prompt, without = self._probe
+        if with_prompt.startswith(without):
+            return ""
+        ends = [token for token in self._special if without.endswith(token)]
+        return next((token for token in ends if with_prompt.startswith(without.removesuffix(token))), "")
+
+    @cached_property
     def _generation_prompt(self) -> str:
-        user = [{"role": "user", "content": "x"}]
-        with_prompt, without = self.prompt(user), self._render(user, None).text
-        return with_prompt[len(without) :] if with_prompt.startswith(without) else ""
+        with_prompt, without = self._probe
+        return with_prompt.removeprefix(without.removesuffix(self._closing))

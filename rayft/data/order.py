@@ -61,7 +61,7 @@ class Order:
             )
             for s in range(len(self._shares))
         ]
-        self._block = lru_cache(maxsize=8)(self._make_block)
+        self._block = lru_cache(maxsize=64)(self._make_block)
 
     @classmethod
     def of(cls, spec: CacheSpec, seed: int | None, *, window: int = WINDOW) -> Order:

@@ -192,9 +192,9 @@ def _hub(path: str, name: str | None, split: str) -> Any:
     try:
         return datasets.load_dataset(path, name, split=split)
     except Exception as error:  # the hub's client raises dozens of kinds
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise DataError(
-            f"{path} is no local file or folder, and as a hub data set (split {split}) it cannot be loaded: {reason}",
+            f"{path} is no local file or folder, and as a hub data set (split {split}) it cannot be loaded: {reason}.",
             "Correct the path, `split` or `name` of the source; gated data sets need HF_TOKEN.",
         ) from None
 

@@ -68,7 +68,7 @@ class ChatTokenizer:
         return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
     def prompt_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-        """Token ids that inference starts from: the messages and the generation prompt."""
+        """Token ids that inference starts from: the messages and the generation prompt. Raises jinja2's TemplateError."""
         return self._backend.encode(self.template.prompt(messages, tools), add_special_tokens=False).ids
 
     def encode(self, row: Row, where: str = "the row") -> list[Sample]:

@@ -17,13 +17,17 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 #: Squared tokens of padding that cost as much as one more group of products (measured on 2 cores, 9 heads of 64).
 _GROUP_COST = 5000
 
-#: Queries of a document that are treated at a time. The probabilities of documents up to this length are kept for
-#: the backward; those of longer ones are computed again, since they grow with the square of the length.
+#: Queries of a document that are treated at a time.
 _BLOCK = 256
+
+#: Probabilities of documents up to this length are kept for the backward; those of longer ones are computed again,
+#: since they grow with the square of the length.
+_KEEP = 512
 
 
 @dataclass(frozen=True)
@@ -92,47 +96,68 @@ class _DocumentsProducts(torch.autograd.Function):
         for group in groups:
             q, k, v = (_gather(x, group, heads) for x in (query, key, value))
             o = torch.empty_like(q)
+            saved += [q, k, v]
             for block in _blocks(group.padded, q.shape[1] // k.shape[1], window):
                 probabilities, _ = _probabilities(q, k, block, scale, softcap)
                 o[:, block.rows] = torch.bmm(probabilities, v[:, block.keys])
                 if _keeps(group, softcap):
                     saved.append(probabilities)
             _scatter(o, out, group, heads)
-            saved += [q, k, v]
         ctx.save_for_backward(*saved)
         ctx.arguments = (groups, scale, window, softcap, query.shape, key.shape)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         groups, scale, window, softcap, query_shape, key_shape = ctx.arguments
         grads = [grad_out.new_empty(shape) for shape in (query_shape, key_shape, key_shape)]
         heads = key_shape[1]
         saved = iter(ctx.saved_tensors)
         for group in groups:
-            kept = next(saved) if _keeps(group, softcap) else None
             q, k, v = next(saved), next(saved), next(saved)
             grad_o, grad_q = _gather(grad_out, group, heads), torch.empty_like(q)
-            # Sums over blocks of queries, so in fp32.
-            grad_k, grad_v = (
-                torch.zeros_like(k, dtype=torch.float32),
-                torch.zeros_like(v, dtype=torch.float32),
-            )
+            sums = _KeySums(k, single=group.padded <= _BLOCK)
             for block in _blocks(group.padded, q.shape[1] // k.shape[1], window):
                 rows, keys = block.rows, block.keys
-                probabilities, capped = (
-                    (kept, None) if kept is not None else _probabilities(q, k, block, scale, softcap)
-                )
-                grad_v[:, keys] += torch.bmm(probabilities.transpose(1, 2), grad_o[:, rows])
+                if _keeps(group, softcap):
+                    probabilities, capped = next(saved), None
+                else:
+                    probabilities, capped = _probabilities(q, k, block, scale, softcap)
                 grad_probabilities = torch.bmm(grad_o[:, rows], v[:, keys].transpose(1, 2))
                 grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, q.dtype)
                 if capped is not None:
                     grad_scores *= 1 - (capped / softcap) ** 2
-                grad_q[:, rows] = torch.bmm(grad_scores, k[:, keys]).mul_(scale)
-                grad_k[:, keys] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows]).mul_(scale)
-            for gathered, grad in zip((grad_q, grad_k, grad_v), grads, strict=True):
+                grad_q[:, rows] = torch.bmm(grad_scores, k[:, keys])
+                sums.add(
+                    keys,
+                    torch.bmm(grad_scores.transpose(1, 2), q[:, rows]),
+                    torch.bmm(probabilities.transpose(1, 2), grad_o[:, rows]),
+                )
+            grad_k, grad_v = sums.result()
+            for gathered, grad in zip((grad_q.mul_(scale), grad_k.mul_(scale), grad_v), grads, strict=True):
                 _scatter(gathered, grad, group, heads)
         return (*grads, None, None, None, None)
+
+
+class _KeySums:
+    """Gradients of keys and values: sums over blocks of queries, in fp32 where there is more than one block."""
+
+    def __init__(self, like: torch.Tensor, *, single: bool) -> None:
+        self._sums: tuple[torch.Tensor, ...] = ()
+        if not single:
+            self._sums = tuple(torch.zeros_like(like, dtype=torch.float32) for _ in range(2))
+        self._dtype = like.dtype
+
+    def add(self, keys: slice, *parts: torch.Tensor) -> None:
+        if not self._sums:
+            self._sums = parts
+            return
+        for total, part in zip(self._sums, parts, strict=True):
+            total[:, keys] += part.float()
+
+    def result(self) -> tuple[torch.Tensor, ...]:
+        return tuple(total.to(self._dtype) for total in self._sums)
 
 
 @dataclass(frozen=True)
@@ -187,7 +212,7 @@ def _mask(
 
 
 def _keeps(group: Group, softcap: float | None) -> bool:
-    return group.padded <= _BLOCK and softcap is None
+    return group.padded <= _KEEP and softcap is None
 
 
 def _gather(x: torch.Tensor, group: Group, heads: int) -> torch.Tensor:

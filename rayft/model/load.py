@@ -97,10 +97,9 @@ def enable_gradient_checkpointing(module: PreTrainedModel, *, reentrant: bool) -
     """Recompute each layer's activations in the backward pass.
 
     `reentrant=True` under ZeRO-3: the other variant compares the recomputed tensors' shapes with the saved ones, which
-    gathering changes. Inputs then need gradients of their own, or frozen embeddings would cut the graph.
+    gathering changes.
     """
     module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    module.enable_input_require_grads()
 
 
 def restore_buffers(module: nn.Module) -> None:

@@ -40,9 +40,7 @@ def locate_model(model: Model, cache_dir: Path) -> Path:
 
 def locate_tokenizer(path: str, cache_dir: Path) -> Path:
     """Folder of a tokenizer that does not come with the model; `path` as in `locate_model`. Raises JobError."""
-    local = _local_copy(path, cache_dir) or _from_hub(
-        path, Model.model_validate({"path": path, "random_weights": True})
-    )
+    local = _local_copy(path, cache_dir) or _from_hub(path, Model(path=path, random_weights=True))
     return local / "model" if (local / "model" / "tokenizer_config.json").exists() else local
 
 

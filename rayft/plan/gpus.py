@@ -53,8 +53,8 @@ def find_gpu(name: str) -> Gpu:
     """
     wanted = _words(name)
     found = [gpu for gpu in GPUS if _matches(wanted, _words(gpu.name))]
-    fewest = min((len(_words(gpu.name)) for gpu in found), default=0)
-    found = [gpu for gpu in found if len(_words(gpu.name)) == fewest]
+    most = max((len(_words(gpu.name)) for gpu in found), default=0)
+    found = [gpu for gpu in found if len(_words(gpu.name)) == most]
     if len(found) == 1:
         return found[0]
     if found:

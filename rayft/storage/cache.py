@@ -1,4 +1,4 @@
-"""The per-node cache of remote objects: each is downloaded once per machine, whatever the number of processes that want it."""
+"""The per-node cache of remote objects: one download per machine, however many processes want it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def node_cache(
 ) -> Path:
     """A local file or folder with the content of the object or folder `key_or_prefix`.
 
-    A local store answers with the original. Else the copy lies in `cache_dir`, under a name that depends on the
-    source's versions (a changed source is fetched anew); one process of the node downloads while the others wait
-    for it, at most `lock_timeout_s`. Raises `StorageError`.
+    A local store answers with the original. Else the copy lies in `cache_dir`, under a name that depends on
+    the source's versions (a changed source is fetched anew); one process of the node downloads while the
+    others wait for it, at most `lock_timeout_s`. Raises `StorageError`.
     """
     original = store.local_path(key_or_prefix)
     if original is not None:
@@ -59,7 +59,7 @@ def _digest(where: str, entries: Entries) -> str:
 
 
 def _fetch(store: Store, key_or_prefix: str, entries: Entries, ready: Path) -> None:
-    """Download into a folder beside `ready` and rename it there. Only the holder of the lock is here, so leftovers are dead."""
+    """Download beside `ready` and rename. Only the holder of the lock is here, so leftovers are dead."""
     partial = ready.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     top = Path(key_or_prefix).parent

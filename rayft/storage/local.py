@@ -14,7 +14,7 @@ from pathlib import Path
 from rayft.errors import StorageError
 from rayft.storage.store import Data, Entries, Entry, Keys, Store, checked_key, not_found, truncated
 
-#: Temporary files are `.<name>.<32 hex digits>.tmp` beside their target: hidden from `list`, found by `discard_unfinished`.
+#: Temporary files are `.<name>.<32 hex digits>.tmp` beside their target; `list` does not show them.
 _TMP_SUFFIX = ".tmp"
 _WRITE_BYTES = 32 << 20
 
@@ -208,8 +208,8 @@ def _link(source: Path, target: Path) -> bool:
             return True
         if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise StorageError(
-                f"The file system of {target.parent} has no hard links, so two runs there could not exclude each other.",
-                "Put the storage on a file system with hard links (ext4, xfs, NFS, Lustre, CephFS), or on s3://.",
+                f"The file system of {target.parent} has no hard links, so runs there cannot exclude each other.",
+                "Use a file system with hard links (ext4, xfs, NFS, Lustre, CephFS), or s3://.",
             ) from error
         raise
     return True
@@ -243,7 +243,8 @@ def _remedy(error: OSError, path: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         with contextlib.suppress(OSError):
             existing = next(parent for parent in path.parents if parent.exists())
-            return f"Free space there ({shutil.disk_usage(existing).free >> 20} MiB free) or keep fewer checkpoints, then start again."
+            free = shutil.disk_usage(existing).free >> 20
+            return f"Free space there ({free} MiB free) or keep fewer checkpoints, then start again."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "Give this user write permission there, or choose another storage path."
     return "Check the file system (mounts, dmesg), then start again: what was committed is kept."

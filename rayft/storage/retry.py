@@ -55,8 +55,8 @@ def with_retries(
             spent_s = time.monotonic() - start
             if attempt >= policy.attempts or spent_s + delay_s > policy.total_s:
                 raise StorageError(
-                    f"{operation} failed {attempt} times within {spent_s:.0f} s; the last error was: {describe(error)}.",
-                    "Check that the storage is up and reachable from this machine, then start again: what was committed is kept.",
+                    f"{operation} failed {attempt} times within {spent_s:.0f} s, at last with {describe(error)}.",
+                    "Check that the storage is up and reachable from here, then start again: what was committed is kept.",
                 ) from error
         time.sleep(delay_s)
         attempt += 1

@@ -42,8 +42,8 @@ _READ_TIMEOUT_S = 60
 class S3Store(Store):
     """Objects below `s3://bucket/prefix`.
 
-    Objects above `part_bytes` travel in parts, `parallel` of them at once: an upload holds at most their product
-    in memory beside the caller's data.
+    Objects above `part_bytes` travel in parts, `parallel` of them at once: an upload holds at most their
+    product in memory beside the caller's data.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class S3Store(Store):
         return self._call(doing, key, lambda _: getattr(self.client, method)(**self._at(key), **arguments))
 
     def _pages(self, doing: str, method: str, prefix: str, following: dict[str, str]) -> Iterator[Any]:
-        """Every page of a listing of the folder `prefix`; `following` maps arguments to the fields of the page before."""
+        """Every page of a listing of the folder `prefix`; `following`: argument -> field of the page before."""
         folder = self._name(checked_key(prefix)) if prefix else self.prefix
         arguments = {"Bucket": self.bucket, "Prefix": folder and folder + "/"}
         while True:

@@ -23,8 +23,8 @@ _FULL_CODES = frozenset(
 )  # fmt: skip
 _DENIED_CODES = frozenset(
     {
-        "AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
-        "AccountProblem", "403", "401",
+        "AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken",
+        "InvalidToken", "AccountProblem", "403", "401",
     }
 )  # fmt: skip
 _MISSING_CODES = frozenset({"NoSuchKey", "404", "NotFound"})
@@ -46,7 +46,7 @@ def fatal(error: BaseException, operation: str) -> BaseException | None:
     if isinstance(error, (*credentials, boto.ProfileNotFound)):
         return StorageError(
             f"{operation} failed: no usable AWS credentials ({describe(error)}).",
-            "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role for this machine or service account.",
+            "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role for this machine.",
         )
     passing = (
         ShortBody,
@@ -98,7 +98,7 @@ def _fatal_response(error: Any, operation: str) -> BaseException | None:
     if code in _FULL_CODES or status == 507:
         return StorageError(
             f"{operation} failed: the storage is full ({detail}).",
-            "Free space or raise the quota there, or keep fewer checkpoints, then start again: what was committed is kept.",
+            "Free space or raise the quota, or keep fewer checkpoints, then start again: what was committed is kept.",
         )
     if code == "NoSuchBucket":
         return StorageError(

@@ -25,7 +25,7 @@ class DamagedObject(StorageError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored object: its key, its size in bytes, and a version that changes when it is overwritten (ETag, or mtime)."""
+    """One stored object: key, size in bytes, and a version that changes when it is overwritten (ETag, mtime)."""
 
     key: str
     size: int
@@ -57,7 +57,8 @@ class Store(ABC):
     def put_if_absent(self, key: str, data: Data) -> bool:
         """Create `key` only if it does not exist; False if it does. Of several concurrent callers one gets True.
 
-        A retry after a lost response is answered by comparing contents, so `data` must be unique to the caller.
+        A retry after a lost response is answered by comparing contents, so `data` must be unique to the
+        caller.
         """
 
     @abstractmethod
@@ -132,8 +133,8 @@ class Store(ABC):
 def open_store(uri: str | Path, retry: RetryPolicy | None = None) -> Store:
     """The store at `uri`: a path (`/abs`, `rel/path`, `file:///abs`) or `s3://bucket/prefix`.
 
-    S3 takes endpoint, region and credentials from the standard AWS variables and files. Raises `JobError` for any
-    other scheme.
+    S3 takes endpoint, region and credentials from the standard AWS variables and files. Raises `JobError` for
+    any other scheme.
     """
     text = str(uri)
     scheme, separator, rest = text.partition("://")

@@ -90,10 +90,19 @@ def measure_suites(worker: Worker, when: str) -> None:
         sync=setup.sync_largest(learner.device) if learner.stage == 3 else None,
     )
     learner.module.eval()
+    samples: dict[str, Any] = {}
     results = run_suites(
-        suites, engine, worker.tokenizer, rank=worker.rank, world_size=worker.world_size, gather=setup.gather
+        suites,
+        engine,
+        worker.tokenizer,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        gather=setup.gather,
+        keep_samples=samples.__setitem__,
+        cache_dir=setup.node_cache_dir() / "data",
     )
     learner.module.train()
     if worker.rank == 0:
+        worker.store.put(f"samples-{when}.json", json.dumps(samples, indent=1, ensure_ascii=False).encode())
         worker.store.put(key, json.dumps(results, indent=1, ensure_ascii=False).encode())
         worker.recorder.row.remote({"kind": "suites", "when": when, "step": worker.step, "results": results})

@@ -71,6 +71,8 @@ def worker_failure(error: BaseException) -> RayftError | None:
     """What a rank's own exception means for the run: an error that ends it, or None for one worth a restart."""
     import torch
 
+    if isinstance(getattr(error, "cause", None), RayftError):
+        error = error.cause  # type: ignore[attr-defined]  # what a Ray task or actor raised
     if isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     ):

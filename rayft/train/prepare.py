@@ -18,6 +18,7 @@ from rayft.data.template import ChatTokenizer
 from rayft.errors import JobError, RayftError, WorkerError
 from rayft.model.families import can_pack
 from rayft.model.files import ModelFiles, load_config, load_tokenizer, resolve_model
+from rayft.plan.choose import choose_stage
 from rayft.spec import Job
 from rayft.storage import open_store
 from rayft.train.setup import RunPlan, node_cache_dir
@@ -28,11 +29,28 @@ PREPARE_TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True)
 class Prepared:
-    """What preparing found out: the plan of the run, the model's files, the shards that are still being made."""
+    """What preparing found out.
+
+    plan: of the run. files: of the model. shards: those still being made. memory: the memory plan as fields of an event.
+    """
 
     plan: RunPlan
     files: ModelFiles
     shards: Shards
+    memory: dict[str, Any]
+
+    def origin(self) -> dict[str, Any]:
+        """Hashes of what the run is made from, for `lineage.json`."""
+        spec = self.plan.train_spec
+        return {
+            "model": {"source": self.files.source, "identity": self.files.identity},
+            "data": {
+                "identity": spec.key,
+                "rows": spec.rows,
+                "sources": [source.path for source in spec.sources],
+            },
+            "tokenizer_and_template": spec.tokenizer.identity,
+        }
 
 
 class Shards:
@@ -86,7 +104,7 @@ def prepare(
     files = resolve_model(job.model, node_dir)
     config = load_config(files, job.model)
     packed = decide_packing(job, config)
-    stage = decide_stage(job, files)
+    stage, memory = decide_stage(job, files)
     tokenizer = ChatTokenizer(load_tokenizer(files, job.model), job.data.loss_on)
     began = time.monotonic()
     spec = plan_cache(job.data.train, job.data, tokenizer, node_dir=node_dir / "data")
@@ -110,7 +128,7 @@ def prepare(
     total = job.train.max_steps or _count_steps(job, spec, order, cache_uri, packed, end)
     every = job.checkpoint.every_steps or max(1, min(500, total // 10))
     plan = RunPlan(job, run_uri, owner, stage, packed, spec, eval_spec, cache_uri, total, end, every)
-    return Prepared(plan, files, shards)
+    return Prepared(plan, files, shards, memory)
 
 
 def decide_packing(job: Job, config: Any) -> bool:
@@ -126,18 +144,22 @@ def decide_packing(job: Job, config: Any) -> bool:
     return possible and job.data.packing is not False
 
 
-def decide_stage(job: Job, files: ModelFiles) -> int:
-    """The ZeRO stage: the job's, or the lowest that fits by the memory plan."""
+def decide_stage(job: Job, files: ModelFiles) -> tuple[int, dict[str, Any]]:
+    """The ZeRO stage (the job's, or the lowest that fits by the memory plan), and the plan for the run log."""
     from rayft.model.adapters import check_adapter
 
-    if job.zero.stage == "auto":
-        from rayft.plan.choose import choose_stage
-
-        stage = choose_stage(job, files.folder).stage
-    else:
-        stage = job.zero.stage
-    check_adapter(job.adapter, stage)
-    return stage
+    try:
+        choice = choose_stage(job, files.folder)
+    except JobError as error:
+        # Only `auto` depends on the plan; a model that it does not know can be trained at a stage the job names.
+        if job.zero.stage == "auto":
+            raise
+        check_adapter(job.adapter, job.zero.stage)
+        return job.zero.stage, {"message": f"ZeRO stage {job.zero.stage}; no memory plan: {error.message}"}
+    check_adapter(job.adapter, choice.stage)
+    terms = {name: round(size / 1e9, 4) for name, size in choice.plan.terms().items()}
+    message = f"ZeRO stage {choice.stage}: {choice.reason}"
+    return choice.stage, {"message": message, "stage": choice.stage, "memory_terms_gb": terms}
 
 
 def describe(infos: Any, spec: CacheSpec) -> str:

@@ -8,8 +8,10 @@ from typing import Any
 import ray
 
 from rayft.checkpoint import Lease
-from rayft.errors import RayftError
-from rayft.report.log import Row, RunLog
+from rayft.errors import TERMINAL_CODES, RayftError
+from rayft.report.log import Row, RunLog, read_log
+from rayft.report.trackers import Trackers
+from rayft.spec import Job
 from rayft.storage import open_store
 
 
@@ -20,19 +22,25 @@ class Recorder:
     retrying cannot cure, and where a wish to stop is passed on to the ranks.
     """
 
-    def __init__(self, run_uri: str, owner: dict[str, Any], epoch: int) -> None:
+    def __init__(self, job: Job, run_uri: str, owner: dict[str, Any], epoch: int) -> None:
         store = open_store(run_uri)
         self.log = RunLog(store, epoch, Lease(store, owner).held, attempt=0)
+        self.trackers = Trackers(job, store, self._tracker_failed)
         self.rows: list[Row] = []
+        self.last_step = max((row["step"] for row in read_log(store) if row["kind"] == "step"), default=0)
         self.attempt = 0
         self.ranks: dict[int, dict[str, Any]] = {}
         self.ending: RayftError | None = None
         self.stop_reason = ""
 
     def begin_attempt(self, epoch: int, resumed_step: int | None, message: str, **fields: Any) -> int:
-        """A worker group starts; returns its number, counted from 1."""
+        """A worker group starts; returns its number, counted from 1. The event says how many steps are repeated."""
         self.attempt += 1
         self.ranks.clear()
+        repeated = max(0, self.last_step - (resumed_step or 0))
+        self.last_step = resumed_step or 0
+        message += f", {repeated} steps are repeated" if repeated else ""
+        fields["repeated"] = repeated
         self.log.begin_attempt(epoch, self.attempt, resumed_step, message, **fields)
         event = "start" if resumed_step is None else "resume"
         self._show({"kind": "event", "event": event, "message": message, **fields})
@@ -40,8 +48,11 @@ class Recorder:
 
     def row(self, row: Row) -> None:
         """Append a row to the run log."""
+        if row["kind"] == "step":
+            self.last_step = row["step"]
         self.log.append(row)
         self._show(row)
+        self.trackers.log(self.rows[-1])
 
     def event(self, event: str, message: str = "", **fields: Any) -> None:
         """Append an event."""
@@ -78,18 +89,28 @@ class Recorder:
         """Rows recorded after the first `count`."""
         return self.rows[count:]
 
-    def flush(self) -> None:
-        """Make the log durable."""
+    def close(self, code: int, message: str) -> None:
+        """The run ends: the last event, the trackers' last rows, a durable log."""
+        self.event("end", message, code=code, terminal=code in TERMINAL_CODES)
+        self.trackers.close(code)
         self.log.flush()
+
+    def flush(self) -> None:
+        """Make the rows so far durable."""
+        self.log.flush()
+
+    def _tracker_failed(self, message: str) -> None:
+        """Called from a tracker's thread; a tracker never ends a run."""
+        self.log.event("failure", message)
 
     def _show(self, row: Row) -> None:
         self.rows.append({"time": time.time(), **row})
 
 
-def start_recorder(run_uri: str, owner: dict[str, Any], epoch: int) -> Any:
+def start_recorder(job: Job, run_uri: str, owner: dict[str, Any], epoch: int) -> Any:
     """Start the recorder on the driver's node; it ends with the driver."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Recorder).options(num_cpus=0, scheduling_strategy=here, max_concurrency=1)
-    return actor.remote(run_uri, owner, epoch)
+    return actor.remote(job, run_uri, owner, epoch)

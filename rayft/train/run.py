@@ -17,7 +17,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from rayft.checkpoint import Lease
-from rayft.errors import TERMINAL_CODES, LeaseLost, PreemptedError, RayftError
+from rayft.errors import LeaseLost, PreemptedError, RayftError
+from rayft.report.lineage import write_lineage
 from rayft.report.log import read_log
 from rayft.report.page import write_page
 from rayft.report.progress import Progress
@@ -55,7 +56,7 @@ def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> 
         store.put("job.yaml", dump_job(job).encode())
         connect(job.cluster)
         refuse_impossible(job.cluster)
-        recorder = start_recorder(run_uri, lease.owner, lease.epoch)
+        recorder = start_recorder(job, run_uri, lease.owner, lease.epoch)
         _run_under_lease(job, store, run_uri, lease, recorder, console)
         _record_end(recorder, store, 0, "done")
     except RayftError as error:
@@ -75,6 +76,8 @@ def _run_under_lease(
 ) -> None:
     cache_uri = absolute_uri(job.data.cache) if job.data.cache else run_uri.rpartition("/")[0] + "/cache"
     prepared = prepare(job, run_uri, cache_uri, lease.owner, console.print)
+    write_lineage(store, prepared.origin())
+    ray.get(recorder.event.remote("plan", **prepared.memory), timeout=60)
     progress = Progress(console, prepared.plan.total_steps, every=job.log.every_steps)
 
     def show(rows: list[Any]) -> None:
@@ -194,8 +197,7 @@ def _record_end(recorder: Any, store: Store, code: int, message: str) -> None:
     if recorder is None:
         return
     try:
-        ray.get(recorder.event.remote("end", message, code=code, terminal=code in TERMINAL_CODES), timeout=60)
-        ray.get(recorder.flush.remote(), timeout=60)
+        ray.get(recorder.close.remote(code, message), timeout=120)
         write_page(store)
     except Exception:
         # The reason for the end is raised by the caller; a log that cannot be written must not hide it.

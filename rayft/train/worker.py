@@ -24,6 +24,8 @@ from rayft.train.retention import Retention
 from rayft.train.setup import RunPlan
 
 ASK_TIMEOUT_S = 60.0
+#: Rows wait for an object store as long as its own retries take.
+FLUSH_TIMEOUT_S = 600.0
 
 
 def run_worker(config: dict[str, Any]) -> None:
@@ -48,6 +50,7 @@ class Worker:
         self.attempt = 0
         self.step, self.position = 0, 0
         self.tokens = self.trained_tokens = 0
+        self.saving_s = 0.0
         self.stop_reason = ""
         self._pending_beat: Any = None
         setup.use_threads(self.job)
@@ -94,7 +97,8 @@ class Worker:
             if self._due(self.job.eval.every_steps):
                 self._evaluate()
             stop = setup.agree(bool(self.stop_reason), self.learner.device)
-            saving = time.perf_counter()
+            result.seconds |= {"data": planned - started, "checkpoint": self.saving_s}
+            self._record(step_plan, result, time.perf_counter() - started)
             if (
                 stop
                 or self.stopping.stop
@@ -102,8 +106,6 @@ class Worker:
                 or self.step == self.plan.total_steps
             ):
                 self._save()
-            result.seconds |= {"data": planned - started, "checkpoint": time.perf_counter() - saving}
-            self._record(step_plan, result, time.perf_counter() - started)
             if stop:
                 self._finish_saving()
                 raise PreemptedError(
@@ -166,8 +168,14 @@ class Worker:
         measure_suites(self, when)
 
     def _save(self) -> None:
-        """Hand the state to the writer; a checkpoint that failed before surfaces here."""
+        """Hand the state to the writer; a checkpoint that failed before surfaces here.
+
+        The rows up to this step are made durable first: whoever resumes from the checkpoint has the log before it.
+        """
         self._beat("checkpoint")
+        began = time.perf_counter()
+        if self.rank == 0:
+            ray.get(self.recorder.flush.remote(), timeout=FLUSH_TIMEOUT_S)
         state = {
             "position": self.position,
             "optimizer_step": self.learner.optimizer_step(),
@@ -180,6 +188,7 @@ class Worker:
         except StorageError as error:
             self._checkpoint_failed(error)
         self._look_at_commits()
+        self.saving_s = time.perf_counter() - began
 
     def _finish_saving(self) -> None:
         self._beat("checkpoint")
@@ -225,6 +234,7 @@ class Worker:
             "peak_memory_gb": peaks,
             **result.metrics,
         }
+        self.saving_s = 0.0
         self._tell("row", row)
 
     # -- start and resume --------------------------------------------------------------------------------------

@@ -220,12 +220,12 @@ def test_the_cache_and_the_data_in_s3(s3_bucket: str, tmp_path: Path) -> None:
     for path in (f"{root}/set", f"{root}/set/train-0.jsonl"):
         data = data_of(Source(path=path))
         assert keys_of(data, tokenizer, tmp_path / "node") == keys_of(local, tokenizer, tmp_path)
-        spec = plan_cache(data.train, data, tokenizer, node_dir=tmp_path / "node")
-        cache = open_store(f"{root}/cache")
-        for i in range(2):
-            prepare_shard(spec, i, cache, node_dir=tmp_path / "node")
-        corpus = Corpus(spec, cache, node_dir=tmp_path / "node")
-        assert [len(corpus.documents(r)) for r in range(6)] == [1] * 6
+    spec = plan_cache(data.train, data, tokenizer, node_dir=tmp_path / "node")
+    cache = open_store(f"{root}/cache")
+    for i in range(2):
+        prepare_shard(spec, i, cache, node_dir=tmp_path / "node")
+    corpus = Corpus(spec, cache, node_dir=tmp_path / "node")
+    assert [len(corpus.documents(r)) for r in range(6)] == [1] * 6
     with pytest.raises(DataError, match=r"There is no object s3://.*/no\.jsonl"):
         keys_of(data_of(Source(path=f"{root}/no.jsonl")), tokenizer, tmp_path)
 

@@ -158,6 +158,14 @@ def test_wording_that_all_held_out_rows_share_is_no_leak() -> None:
     assert held_out.near == [("train 2", "test 7")]
 
 
+def test_plain_rows_are_compared_by_their_prompt(tmp_path: Path) -> None:
+    rows = [{"prompt": PANGRAM, "completion": "one"}, {"prompt": "short", "completion": "two"}]
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
+    held_out = write_jsonl(tmp_path / "eval.jsonl", [{"text": PANGRAM}])
+    findings = check(job_of(train, held_out=held_out), family_tokenizer("chatml"), node_dir=tmp_path)
+    assert found(findings, "most of their wording").examples == (f"{train} line 1 = {held_out} line 1",)
+
+
 def test_wrong_evaluation_rows_are_found_too(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", chat_rows(3))
     held_out = write_jsonl(tmp_path / "eval.jsonl", [*chat_rows(2, seed=1), {"messages": []}])

@@ -129,6 +129,8 @@ def test_sharegpt_with_a_function_call() -> None:
         ({"messages": [{"role": "assistant", "content": "x", "train": 0.5}]}, "is 0.5.*true or false"),
         ({"messages": [{"role": "assistant", "content": "x", "train": True, "weight": 0}]}, "contradict"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "only assistant messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "'tool_calls' must be a list"),
+        ({"messages": [{"role": "assistant", "tool_calls": ["f"]}]}, "tool call must be an object"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "no function name"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from rayft.data.read import Table, open_tables, read_rows
 from rayft.errors import DataError
 from rayft.spec import Source
+from tests.shared import ROOT
 from tests.tiny_data import write_jsonl
 
 ROWS = [{"text": f"row {i}\nwith a second, longer line {'x' * (i % 5)} é", "n": str(i)} for i in range(23)]
@@ -144,8 +148,7 @@ def test_what_cannot_be_read_is_named(name: str, content: str | bytes, words: st
         list(read_rows(tables_of(path, tmp_path)[0], 0, 9, tmp_path))
 
 
-def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"There is no file or folder missing\.jsonl"):
         tables_of("missing.jsonl", tmp_path)
     with pytest.raises(DataError, match=r"There is no file or folder \./missing"):
@@ -161,3 +164,24 @@ def test_a_file_that_changes_after_it_was_looked_at_is_refused(tmp_path: Path) -
     write(path, ROWS[:-1])
     with pytest.raises(DataError, match="is not the file it was"):
         next(read_rows(table, 0, 1, tmp_path))
+
+
+def test_a_hub_data_set_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    """In a process of its own: the hub's client reads its settings when it is imported."""
+    script = (
+        "from pathlib import Path; from rayft.spec import Source; from rayft.data.read import open_tables\n"
+        "open_tables(Source(path='org/nothing', split='extra'), every=1, node_dir=Path('x'))"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (
+        "DataError: org/nothing is no local file or folder, and as a hub data set (split extra)"
+        in ended.stderr
+    )

@@ -132,6 +132,11 @@ def test_loss_on_all_trains_all_but_the_first_token_and_messages_that_say_no() -
     (sample,) = tokenizer.encode(conversation("q", "x1", "r", "x2", train=[None, False, None, None]))
     untrained = tokenizer.tokenizer.decode(sample.ids[~sample.trained])
     assert untrained == "<|im_start|><|im_start|>assistant\nx1<|im_end|>\n"
+    thinking = ChatTokenizer(byte_tokenizer(FAMILIES["qwen3"][0]), "all")
+    with pytest.raises(
+        DataError, match="message 2 says `train: false`, but the chat template gives it no fixed place"
+    ):
+        thinking.encode(conversation("q", "x1", "r", "x2", train=[None, False, None, None]))
 
 
 def test_messages_can_ask_not_to_be_trained() -> None:
@@ -169,6 +174,16 @@ def test_plain_rows_get_one_begin_and_one_end_token() -> None:
     assert tokenizer.tokenizer.decode(sample.ids[sample.trained]) == "a bus</s>"
     with pytest.raises(DataError, match="begins with two <s> tokens"):
         tokenizer.encode(Text("<s><s>two"))
+    with pytest.raises(DataError, match="row 3: the text is empty"):
+        tokenizer.encode(Text(" \n"), "row 3")
+    with pytest.raises(JobError, match="no end-of-text token"):
+        ChatTokenizer(byte_tokenizer(eos=None)).encode(Text("x"))
+
+
+def test_a_space_at_the_end_of_the_prompt_stays_there() -> None:
+    tokenizer = ChatTokenizer(byte_tokenizer())
+    (sample,) = tokenizer.encode(PromptCompletion("Q: ", "a bus"))
+    assert tokenizer.tokenizer.decode(sample.ids[sample.trained]) == "a bus<|im_end|>"
 
 
 def test_a_prompt_is_not_merged_with_the_first_characters_of_the_completion() -> None:
@@ -235,6 +250,13 @@ def test_what_the_template_refuses_names_the_row() -> None:
         tokenizer.encode(conversation("q", "x", system="s"), "row 4")
 
 
+def test_a_template_may_want_more_than_a_question() -> None:
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    tokenizer = ChatTokenizer(byte_tokenizer(template))
+    row = conversation("q", "x", "r", "y", system="s")
+    assert check_like_inference(tokenizer, row, tokenizer.encode(row)) == ["x<|im_end|>", "y<|im_end|>"]
+
+
 def test_no_template_and_no_fast_tokenizer_are_errors_of_the_job() -> None:
     with pytest.raises(JobError, match="no chat template"):
         ChatTokenizer(byte_tokenizer(None)).encode(conversation("q", "x"))
@@ -248,6 +270,23 @@ def test_one_wrong_row_of_a_batch_does_not_hide_the_others() -> None:
     results = tokenizer.encode_batch([good, bad, good], ["a", "b", "c"])
     assert [isinstance(r, DataError) for r in results] == [False, True, False]
     assert results[0][0].ids.tolist() == results[2][0].ids.tolist()  # type: ignore[index,union-attr]
+
+
+def test_what_closes_a_conversation_is_no_part_of_the_last_turn() -> None:
+    """Phi-3 puts the end-of-text token after the last message; turns end with another one."""
+    template = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    tokenizer = ChatTokenizer(
+        byte_tokenizer(template, eos="</s>", special=["<|im_start|>", "<|im_end|>", "</s>"])
+    )
+    row = conversation("q", "x", "r", "y")
+    (sample,) = tokenizer.encode(row)
+    assert check_like_inference(tokenizer, row, [sample]) == ["x<|im_end|>", "y<|im_end|>"]
+    only = template.replace("<|im_end|>\n' }}{% endfor", "\n' }}{% endfor")
+    tokenizer = ChatTokenizer(
+        byte_tokenizer(only, eos="</s>", special=["<|im_start|>", "<|im_end|>", "</s>"])
+    )
+    samples = tokenizer.encode(row)  # here it is the turn's only end
+    assert check_like_inference(tokenizer, row, samples) == ["x\n</s>", "y\n</s>"]
 
 
 def test_today_s_date_is_not_in_the_tokens() -> None:
@@ -268,8 +307,9 @@ def test_identity_follows_what_decides_the_tokens_and_survives_pickling() -> Non
         ChatTokenizer(byte_tokenizer(CHATML + " ")),
         ChatTokenizer(byte_tokenizer(CHATML, special=["<|im_end|>", "<|im_start|>"])),
         ChatTokenizer(byte_tokenizer(CHATML, bos="<|im_start|>")),
+        ChatTokenizer(byte_tokenizer(CHATML, bos="<|im_start|>", add_bos=True)),
     ]
-    assert len({t.identity for t in [first, *others]}) == 5
+    assert len({t.identity for t in [first, *others]}) == 6
 
 
 #: Real templates that cannot be trained as they are, and why.
@@ -284,6 +324,22 @@ REFUSED = {
     "nemotron_3_super": "differently from what its generation prompt leads to",
     "nemotron_3_ultra": "differently from what its generation prompt leads to",
     "smolvlm": "leaves out the content",
+}
+
+#: The same for conversations with tool calls.
+TOOLS_REFUSED = REFUSED | {
+    "cohere": "refuses the conversation",
+    "cohere2": "refuses the conversation",
+    "deepseekv3": "refuses the conversation",
+    "gemma": "refuses the conversation",
+    "gemma3": "refuses the conversation",
+    "idefics3": "refuses the conversation",
+    "lfm2": "leaves out the tool calls",
+    "llama3": "leaves out the tool calls",
+    "phi3": "leaves out the tool calls",
+    "phi3_5": "leaves out the tool calls",
+    "qwen2_5_vl": "leaves out the tool calls",
+    "smolvlm": "refuses the conversation",
 }
 
 TRL_TEMPLATES = sorted(
@@ -327,6 +383,10 @@ def test_tool_calls_and_what_follows_them(path: Path) -> None:
     parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
     tool = {"name": "get_weather", "description": "Weather of a city.", "parameters": parameters}
     row = Conversation(messages, [{"type": "function", "function": tool}], [None] * 4)
+    if path.stem in TOOLS_REFUSED:
+        with pytest.raises(DataError, match=f"row 1: .*{TOOLS_REFUSED[path.stem]}"):
+            tokenizer.encode(row, "row 1")
+        return
     answers = check_like_inference(tokenizer, row, tokenizer.encode(row))
     assert "Xanadu" in answers[0]
     assert "It rains." in answers[1]

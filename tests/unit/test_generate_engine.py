@@ -25,9 +25,10 @@ def engine(
     return made
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "capped"])
 def test_greedy_equals_transformers(family: str) -> None:
-    ours = engine(family, stop=set())
+    capped = {"attn_logit_softcapping": 0.1} if family == "capped" else {}
+    ours = engine("gemma2" if capped else family, stop=set(), **capped)
     answers = ours.generate(PROMPTS, max_new_tokens=14)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         whole = ours.model.generate(

@@ -44,7 +44,9 @@ def test_fresh_adapter_changes_nothing(family: str) -> None:
     assert not torch.allclose(logits(module), base, atol=0.1), "the adapter is in the forward pass"
 
 
-@pytest.mark.parametrize("values", [{"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize(
+    "values", [{"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}]
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_variants_start_at_the_base_too(values: dict[str, Any], tied: bool) -> None:
     base = logits(tiny_model(tie_word_embeddings=tied))
@@ -98,7 +100,9 @@ def test_target_modules_by_name() -> None:
 
 
 def test_modules_to_save_of_tied_embeddings_train_one_parameter() -> None:
-    module = add_adapter(tiny_model("qwen3"), lora(modules_to_save=["lm_head"], target_modules=["q_proj"]), seed=0)
+    module = add_adapter(
+        tiny_model("qwen3"), lora(modules_to_save=["lm_head"], target_modules=["q_proj"]), seed=0
+    )
     whole = [name for name in trainable(module) if "lora" not in name]
     assert whole == ["base_model.model.model.embed_tokens.modules_to_save.default.weight"]
     module.get_parameter(whole[0]).data.zero_()
@@ -125,11 +129,17 @@ def test_type_none_is_full_fine_tuning() -> None:
         ("llama", {"target_modules": ["q_proj", "xyzzy"]}, r"'xyzzy' matches no module.*There are: .*v_proj"),
         ("gpt_neox", {"target_modules": ["q_proj"]}, r"'q_proj'.*query_key_value"),
         ("llama", {"modules_to_save": ["head"]}, r"adapter.modules_to_save: 'head'.*lm_head"),
-        ("qwen3", {"target_modules": ["q_proj", "lm_head"]}, r"'lm_head' is tied.*modules_to_save: \[lm_head\]"),
+        (
+            "qwen3",
+            {"target_modules": ["q_proj", "lm_head"]},
+            r"'lm_head' is tied.*modules_to_save: \[lm_head\]",
+        ),
         ("mixtral", {"use_dora": True}, r"PEFT cannot add this adapter to a MixtralForCausalLM"),
     ],
 )
-def test_names_and_variants_that_do_not_fit_are_refused(family: str, values: dict[str, Any], says: str) -> None:
+def test_names_and_variants_that_do_not_fit_are_refused(
+    family: str, values: dict[str, Any], says: str
+) -> None:
     with pytest.raises(JobError) as error:
         add_adapter(tiny_model(family), lora(**values), seed=0)
     assert re.search(says, str(error.value), re.S)

@@ -105,6 +105,22 @@ def test_full_fine_tuning_loads_with_plain_transformers(family: str, tmp_path: P
     assert set(report.files) >= {"config.json", "tokenizer.json", "generation_config.json", "README.md"}
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
+def test_random_weights_are_exported_in_the_familys_layout(family: str, tmp_path: Path) -> None:
+    tiny_config(family).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    job = make_job(tmp_path / "base")
+    job = job.model_copy(update={"model": job.model.model_copy(update={"random_weights": True})})
+    files = resolve_model(job.model, tmp_path / "cache")
+    module = trained(job, files)
+    export_model(checkpoint(module, tmp_path / "run"), files, job, tmp_path / "out", dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert largest_difference(loaded, module) == 0.0
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        layout = "\n".join(file.keys())
+    assert ("embed_out.weight" if family == "gpt_neox" else "experts.3.w1.weight") in layout
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"lora_dropout": 0.0},
     "rslora": {"use_rslora": True},
@@ -177,7 +193,9 @@ def test_a_checkpoint_in_bf16(tmp_path: Path) -> None:
     for parameter in module.parameters():
         parameter.data *= 1.5
     fragments = [
-        Fragment(name, "param", tuple(p.shape), "bfloat16", 0, p.detach().flatten().view(torch.uint16).numpy())
+        Fragment(
+            name, "param", tuple(p.shape), "bfloat16", 0, p.detach().flatten().view(torch.uint16).numpy()
+        )
         for name, p in module.named_parameters()
     ]
     store = LocalStore(tmp_path / "run")
@@ -190,7 +208,7 @@ def test_a_checkpoint_in_bf16(tmp_path: Path) -> None:
 def test_persistent_buffers_come_from_the_base_uncast(tmp_path: Path) -> None:
     values: dict[str, Any] = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
     values |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-    config = AutoConfig.for_model("glm4_moe", **{**tiny_config().to_diff_dict(), **values})
+    config = AutoConfig.for_model(**{**tiny_config().to_diff_dict(), **values, "model_type": "glm4_moe"})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     model.get_buffer(bias).copy_(torch.tensor([5.001, 5.002, 5.003, 5.004]))
@@ -235,7 +253,7 @@ def test_export_to_s3(tmp_path: Path, s3_bucket: str) -> None:
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
-    job, files, reader = exported(tmp_path, target_modules=["q_proj"])
+    _, files, reader = exported(tmp_path, target_modules=["q_proj"])
     for other in (make_job(files.folder, target_modules=["q_proj", "v_proj"]), make_job(files.folder)):
         with pytest.raises(StorageError, match=r"does not belong to this job.*job\.yaml"):
             export_model(reader, files, other, tmp_path / "out")
@@ -250,7 +268,7 @@ def test_a_wrong_merge_is_not_published(tmp_path: Path, monkeypatch: pytest.Monk
         return read(self, name) * (1.01 if name.endswith("layers.1.mlp.up_proj.weight") else 1.0)
 
     monkeypatch.setattr(Adapted, "read", wrong)
-    with pytest.raises(StorageError, match="differs from base and adapter by .*not published"):
+    with pytest.raises(StorageError, match=r"differs from base and adapter by .*not published"):
         export_model(reader, files, job, tmp_path / "out", prompts=PROMPTS)
     assert not (tmp_path / "out").exists()
 

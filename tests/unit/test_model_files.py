@@ -118,7 +118,9 @@ def test_gguf_in_a_package_is_converted_without_importing_the_package(tmp_path: 
     assert (config.model_type, config.num_hidden_layers, config.tie_word_embeddings) == ("llama", 30, True)
     assert not hasattr(config, "quantization_config")
     tokenizer = load_tokenizer(files, model("x"))
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], tokenize=False
+    )
     ids = tokenizer(text + "<|im_start|>assistant\n", add_special_tokens=False, return_tensors="pt")
     loaded = AutoModelForCausalLM.from_pretrained(files.folder)
     answer = loaded.generate(**ids, max_new_tokens=8, do_sample=False)
@@ -162,7 +164,9 @@ assert "torch" not in sys.modules
 """
 
 
-def test_hub_models_are_downloaded_and_missing_ones_refused(tmp_path: Path, resolve: Callable[..., ModelFiles]) -> None:
+def test_hub_models_are_downloaded_and_missing_ones_refused(
+    tmp_path: Path, resolve: Callable[..., ModelFiles]
+) -> None:
     source = save_tiny(tmp_path / "a")
     (source / "consolidated.safetensors").write_bytes(b"the same weights in a layout that is not ours")
     with serve_hub({"org/tiny": source}, gated={"org/gated"}) as endpoint:
@@ -180,7 +184,9 @@ def test_hub_models_are_downloaded_and_missing_ones_refused(tmp_path: Path, reso
     assert gated.startswith("The hub model org/gated is gated")
 
 
-def test_tokenizer_and_template_may_come_from_elsewhere(tmp_path: Path, resolve: Callable[..., ModelFiles]) -> None:
+def test_tokenizer_and_template_may_come_from_elsewhere(
+    tmp_path: Path, resolve: Callable[..., ModelFiles]
+) -> None:
     tiny_model().save_pretrained(tmp_path / "a")
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "template.jinja").write_text(CHATML + "END")
@@ -190,7 +196,9 @@ def test_tokenizer_and_template_may_come_from_elsewhere(tmp_path: Path, resolve:
     tokenizer = load_tokenizer(resolve(tmp_path / "a", **values), model("x", **values))
     assert tokenizer.chat_template.endswith("END")
     with pytest.raises(JobError, match=r"nowhere\.jinja cannot be read"):
-        load_tokenizer(resolve(tmp_path / "a", **values), model("x", **values | {"chat_template": "nowhere.jinja"}))
+        load_tokenizer(
+            resolve(tmp_path / "a", **values), model("x", **values | {"chat_template": "nowhere.jinja"})
+        )
 
 
 def _quantized(folder: Path) -> str:

@@ -97,7 +97,9 @@ def test_random_weights_follow_from_the_config_alone(
         assert ours.std().item() == pytest.approx(parameter.std().item(), abs=0.03), name
 
 
-def test_reading_touches_only_the_tensor_asked_for(tmp_path: Path, resolve: Callable[..., ModelFiles]) -> None:
+def test_reading_touches_only_the_tensor_asked_for(
+    tmp_path: Path, resolve: Callable[..., ModelFiles]
+) -> None:
     path = save_tiny(tmp_path / "a", "llama", num_hidden_layers=4)
     from transformers import AutoModelForCausalLM as Auto
 
@@ -204,7 +206,9 @@ def test_checkpointed_gradients_are_the_same(
         assert torch.equal(checkpointed[name], gradient), name
 
 
-def test_an_attention_that_is_not_installed_is_refused(tmp_path: Path, resolve: Callable[..., ModelFiles]) -> None:
+def test_an_attention_that_is_not_installed_is_refused(
+    tmp_path: Path, resolve: Callable[..., ModelFiles]
+) -> None:
     path = save_tiny(tmp_path / "a")
     with pytest.raises(JobError, match="flash_attention_2"):
         build_model(resolve(path), model(path), dtype=torch.bfloat16, attention="flash_attention_2")

@@ -53,13 +53,17 @@ def test_nothing_fits() -> None:
     ("groups", "limit", "stage"),
     [
         ({"zero": {"offload_optimizer": True}}, 200, 1),  # offloading needs a stage
-        ({"adapter": {"type": "lora", "use_dora": True}}, 5, 2),  # 3 is not possible
-        ({"adapter": {"type": "qlora"}}, 1, 2),
         ({"zero": {"stage": 1}}, 200, 1),
     ],
 )
 def test_other_choices_of_the_job_are_respected(groups: dict[str, Any], limit: float, stage: int) -> None:
     assert chosen(limit, **groups).stage == stage
+
+
+def test_what_zero_3_cannot_do_is_not_chosen() -> None:
+    assert chosen(25, adapter={"type": "lora"}).stage == 3
+    for adapter in ({"type": "lora", "use_dora": True}, {"type": "qlora", "lora_r": 2048}):
+        assert chosen(25, adapter=adapter).stage < 3
 
 
 def test_one_worker_has_nobody_to_split_with() -> None:

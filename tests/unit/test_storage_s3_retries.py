@@ -117,6 +117,18 @@ def test_put_if_absent_after_a_lost_response_knows_its_own_bytes(
     assert store.get("lock") == b"mine"
 
 
+def test_a_completion_whose_response_was_lost_is_recognised(store: S3Store, s3_proxy: FaultyProxy) -> None:
+    s3_proxy.add("lost_response", "POST", "uploadId", times=1)
+    s3_proxy.add("no_such_upload", "POST", "uploadId", times=1)
+    store.put("data.bin", BIG)
+    assert store.get("data.bin") == BIG
+    s3_proxy.add("reset", "POST", "uploadId", times=1)  # this time nothing was completed
+    s3_proxy.add("no_such_upload", "POST", "uploadId", times=1)
+    with pytest.raises(StorageError, match="NoSuchUpload"):
+        store.put("other.bin", BIG)
+    assert not store.exists("other.bin")
+
+
 def test_listing_and_deleting_beyond_one_page(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [f"many/{number:03d}" for number in range(25)]
     for key in keys:

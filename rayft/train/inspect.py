@@ -1,0 +1,81 @@
+"""The verbs that look without training: check the data, plan the memory, measure a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rayft.errors import DataError, JobError
+from rayft.report.log import read_log
+from rayft.report.tables import suites_table
+from rayft.spec import Job
+from rayft.storage import open_store
+from rayft.train.setup import node_cache_dir
+
+
+def check_job(job: Job, *, samples: int = 3) -> int:
+    """Show what the job would train on and what is wrong with it. Raises DataError if something would ruin the run."""
+    from rayft.data.doctor import check
+    from rayft.data.findings import render
+    from rayft.data.template import ChatTokenizer
+    from rayft.model.files import load_tokenizer, resolve_model
+
+    files = resolve_model(job.model, node_cache_dir())
+    tokenizer = ChatTokenizer(load_tokenizer(files, job.model), job.data.loss_on)
+    findings = check(job, tokenizer, node_dir=node_cache_dir() / "data", samples=samples)
+    render(findings, Console())
+    if findings.errors:
+        first = findings.errors[0]
+        raise DataError(
+            f"The data of {job.name} is not fit to train on: {first.message} ({first.count} times, such as {first.examples[0]}).",
+            first.remedy,
+        )
+    return 0
+
+
+def plan_job(job: Job) -> int:
+    """Show the memory plan of a job, and after its run what was predicted against what was measured."""
+    from rayft.model.files import resolve_model
+    from rayft.plan.choose import architecture_of, choose, memory_limit
+    from rayft.plan.gpus import find_gpu
+    from rayft.plan.render import compare, render
+
+    console = Console()
+    architecture = architecture_of(config_folder(job, resolve_model))
+    gpu = find_gpu(job.cluster.gpu) if job.cluster.gpu else None
+    choice = choose(job, architecture, memory_limit(job))
+    render(job, architecture, choice, console, gpu)
+    rows = read_log(open_store(job.storage).child(job.name))
+    peaks = [row["peak_memory_gb"] for row in rows if row["kind"] == "step" and row.get("peak_memory_gb")]
+    if peaks:
+        highest = [
+            max(values) for values in zip(*(p for p in peaks if len(p) == len(peaks[-1])), strict=True)
+        ]
+        console.print(compare(choice.plan, highest, job.cluster.gpus_per_worker > 0))
+    return 0
+
+
+def config_folder(job: Job, resolve_model: Any) -> Path:
+    """Where the model's config.json is; a hub model's config is fetched without its weights."""
+    return resolve_model(job.model.model_copy(update={"random_weights": True}), node_cache_dir()).folder
+
+
+def evaluate_model(job: Job, model: str | None) -> int:
+    """Measure the suites of a job on `model`, by default on what its run exported, and show them beside the base model's."""
+    from rayft.evals.run import run_suites
+    from rayft.generate.hf import TransformersEngine
+    from rayft.generate.load import load_model
+    from rayft.train.finish import suite_results
+
+    if not job.eval.suites:
+        raise JobError(
+            f"The job {job.name} has no eval.suites to measure.", "Add some, such as those of jobs/demo.yaml."
+        )
+    store = open_store(job.storage).child(job.name)
+    module, tokenizer = load_model(model or store.where("model"), cache_dir=node_cache_dir())
+    engine = TransformersEngine(module.eval(), tokenizer, batch_size=job.eval.batch_size)
+    results = run_suites(job.eval.suites, engine, tokenizer, cache_dir=node_cache_dir() / "data")
+    Console().print(suites_table(suite_results(store, "before"), results, job.eval.suites))
+    return 0
