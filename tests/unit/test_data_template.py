@@ -102,6 +102,14 @@ def test_a_system_message_that_wanders_through_the_history() -> None:
     check_like_inference(tokenizer, row, samples)
 
 
+def test_a_turn_begins_where_its_mark_does() -> None:
+    template = CHATML_MARKED.replace("{% generation %}", "aside: {% generation %}")
+    tokenizer = ChatTokenizer(byte_tokenizer(template))
+    (sample,) = tokenizer.encode(conversation("q", "x", "r", "y"))
+    answers = [tokenizer.tokenizer.decode(sample.ids[a:b]) for a, b in trained_runs(sample)]
+    assert answers == ["x<|im_end|>", "y<|im_end|>"]
+
+
 def test_generation_marks_agree_with_transformers() -> None:
     tokenizer = byte_tokenizer(CHATML_MARKED)
     row = conversation("a th", "b th", "c", "d\n\nd")

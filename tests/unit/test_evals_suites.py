@@ -119,20 +119,20 @@ def test_windows_fit_the_models_context(tmp_path: Path) -> None:
 
 
 def test_choices_by_sum_and_by_bytes(tmp_path: Path) -> None:
-    # By the sum "yes" wins the first row (right) and "no" the second (wrong); by the byte it is the other way about.
+    # By the sum "yes" wins the first row (right) and "no" the second (wrong); by the byte "certainly" wins the second.
     rows = [
         {"query": "One? ", "choices": ["yes", "certainly not"], "gold": 0, "continuation_delimiter": "\nA: "},
         {"query": "Two?", "choices": ["no", "certainly"], "gold": 1},
     ]
-    scores = {" yes": -3.0, " certainly not": -4.0, " no": -1.0, " certainly": -1.5}
+    scores = {" yes": -3.0, " certainly not": -14.0, " no": -1.0, " certainly": -1.5}
     found = measured(
         Given(log_probability=scores.__getitem__), suite(tmp_path, "multiple_choice", rows), tmp_path
     )
     assert found == {
         "accuracy": 0.5,
         "accuracy_stderr": pytest.approx(math.sqrt(0.25 / 2)),
-        "accuracy_norm": 0.5,
-        "accuracy_norm_stderr": pytest.approx(math.sqrt(0.25 / 2)),
+        "accuracy_norm": 1.0,
+        "accuracy_norm_stderr": 0.0,
         "rows": 2,
     }
 
@@ -233,7 +233,7 @@ def test_qa_scores_answers_and_refusals_apart(tmp_path: Path) -> None:
     rows = [
         chat_row("exact", "the Blue house", answers=[{"text": "the Blue house"}, {"text": "blue"}]),
         chat_row("half", "red car", answers={"text": ["red car"]}),
-        chat_row("refused", "green"),
+        chat_row("refused", "context menu"),  # shares a word with the refusal
         chat_row("none, said so", REFUSAL),
         chat_row("none, made up", REFUSAL),
     ]

@@ -70,6 +70,17 @@ def test_config_as_written_to_disk(tmp_path: Path, family: str, variant: dict[st
     assert found.total == sum(p.numel() for p in module.parameters())
 
 
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILY_DEFAULTS if "moe" not in name and name != "mixtral"]
+)
+def test_what_a_config_leaves_out_is_as_in_transformers(family: str) -> None:
+    """Only sizes are given; everything else (head size, biases, tied embeddings) is the family's default."""
+    sizes = {**SIZES, "num_key_value_heads": 4}
+    module = build(family, {"num_key_value_heads": 4})
+    found = read_architecture({**sizes, "model_type": family})
+    assert found.total == sum(p.numel() for p in module.parameters())
+
+
 PUBLISHED = [
     # config.json of the model as published, number of parameters as its card counts them
     (

@@ -98,6 +98,8 @@ def test_deltas_know_directions_noise_and_forgetting() -> None:
     assert list(found) == ["triage", "general", "choice"]
     assert (found["triage"].verdict, found["triage"].forgot) == ("better", False)
     assert (found["general"].verdict, found["general"].forgot) == ("worse", True)
+    (unwatched,) = deltas({"triage": {"f1": 0.9}}, {"triage": {"f1": 0.1}}, SUITES)
+    assert (unwatched.verdict, unwatched.forgot) == ("worse", False)
     assert found["choice"].stderr == pytest.approx(0.03 * 2**0.5)
     assert (found["choice"].verdict, found["choice"].forgot) == ("same", False)  # 0.05 is within 2 x 0.042
 
