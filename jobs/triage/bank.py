@@ -11,11 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bank:
-    """Everything that a split may say; each list is drawn from uniformly. A coined brand is a head and a tail."""
+    """Everything that a split may say; each list is drawn from uniformly."""
 
     brands: list[str]
-    heads: list[str]
-    tails: list[str]
     models: list[str]
     devices: dict[str, list[str]]
     problems: dict[str, list[str]]

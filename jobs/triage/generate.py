@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product as cartesian
 from pathlib import Path
 
@@ -34,11 +34,14 @@ _JOINTS, _JOINT_WEIGHTS = [". ", ", ", " - ", "; ", " and ", ".\n"], [60, 15, 6,
 _SLOT = re.compile(r"\{(\w)\}")
 
 Row = dict[str, list[dict[str, str]]]
+Pairs = Sequence[tuple[Facts, Row]]
+Combination = tuple[str, str, str, str]
 
 
-def combinations() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+def combinations() -> tuple[list[Combination], list[Combination]]:
     """All (line, category, plan, impact) for train and for test: a quarter is held out, every pair of values stays in train."""
-    train, test = [], []
+    train: list[Combination] = []
+    test: list[Combination] = []
     for values in cartesian(LINES, CATEGORIES, PLANS, IMPACTS):
         line, category, plan, impact = values
         rank = LINES.index(line) + 2 * CATEGORIES.index(category) + PLANS.index(plan) + IMPACTS.index(impact)
@@ -53,15 +56,23 @@ def expand(pattern: str, rng: random.Random) -> str:
     return " ".join(pattern.split())
 
 
-def draw_facts(bank: Bank, combination: tuple[str, ...], rng: random.Random) -> Facts:
+def coined(rng: random.Random) -> str:
+    """A made-up brand name of two or three syllables: copying it cannot be learned by heart."""
+    name = "".join(
+        rng.choice("bcdfghjklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice([2, 2, 3]))
+    )
+    return (name + rng.choice(["", "n", "x", "l", "ra", "s", "co", "m"])).capitalize()
+
+
+def draw_facts(bank: Bank, combination: Combination, rng: random.Random) -> Facts:
     """A random ticket's facts for a given combination."""
     line, category, plan, impact = combination
-    brand = rng.choice(bank.brands) if rng.random() < 0.5 else rng.choice(bank.heads) + rng.choice(bank.tails)
+    brand = rng.choice(bank.brands) if rng.random() < 0.4 else coined(rng)
     name = [brand, rng.choice(bank.devices[line])]
     if rng.random() < 0.25:
         name.insert(1, rng.choice(bank.models))
     refund = None
-    if rng.random() < (0.4 if category in ("billing", "delivery", "defect") else 0.1):
+    if rng.random() < (0.5 if category in ("billing", "delivery", "defect") else 0.2):
         refund = rng.randint(10, 99) if rng.random() < 0.5 else rng.randint(101, 999)
     return Facts(
         order=_id(rng),
@@ -71,7 +82,7 @@ def draw_facts(bank: Bank, combination: tuple[str, ...], rng: random.Random) -> 
         plan=None if plan == "basic" and rng.random() < 0.4 else plan,
         impact=impact,
         refund=refund,
-        security=rng.random() < 0.18,
+        security=rng.random() < 0.2,
     )
 
 
@@ -148,17 +159,19 @@ def _id(rng: random.Random) -> str:
 
 
 def make_split(
-    bank: Bank, allowed: list[tuple[str, ...]], count: int, rng: random.Random, avoid: set[tuple[str, ...]]
+    bank: Bank, allowed: list[Combination], count: int, rng: random.Random, unlike: Pairs = ()
 ) -> list[tuple[Facts, Row]]:
     """`count` rows with their facts; every allowed combination occurs equally often.
 
-    A ticket that shares a run of words with `avoid` (clauses can meet by accident at their ends) is drawn again.
+    A ticket is drawn again if it has a brand of a row in `unlike`, or a run of words (clauses can meet by accident).
     """
+    brands = {facts.brand for facts, _ in unlike}
+    runs = {run for pair in unlike for run in word_runs(*pair)}
     rows: list[tuple[Facts, Row]] = []
     while len(rows) < count:
         facts = draw_facts(bank, allowed[len(rows) % len(allowed)], rng)
         row = make_row(facts, write_ticket(facts, bank, rng))
-        if avoid.isdisjoint(word_runs(facts, row)):
+        if facts.brand not in brands and runs.isdisjoint(word_runs(facts, row)):
             rows.append((facts, row))
     rng.shuffle(rows)
     return rows
@@ -179,15 +192,15 @@ def word_runs(facts: Facts, row: Row) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + SHARED_WORDS]) for i in range(len(words) - SHARED_WORDS + 1)}
 
 
-def check(train: list[tuple[Facts, Row]], test: list[tuple[Facts, Row]]) -> None:
+def check(train: Pairs, test: Pairs) -> None:
     """Asserts what makes the test split unseen: products, combinations and wording that never occur in train."""
-    for what, of in (("product", lambda f: f.product.split()[0]), ("combination", lambda f: f.combination)):
+    for what, of in (("product", lambda f: f.brand), ("combination", lambda f: f.combination)):
         common = {of(f) for f, _ in train} & {of(f) for f, _ in test}
         assert not common, f"{what} in both splits: {sorted(common)[:5]}"
     seen = set().union(*(word_runs(*pair) for pair in train))
     common_runs = sorted({run for pair in test for run in word_runs(*pair)} & seen)
     assert not common_runs, f"wording in both splits: {common_runs}"
-    texts = [row["messages"][1]["content"] for _, row in train + test]
+    texts = [row["messages"][1]["content"] for _, row in [*train, *test]]
     assert len(set(texts)) == len(texts), "a ticket occurs twice"
 
 
@@ -195,10 +208,8 @@ def build() -> dict[str, str]:
     """File name -> content of the three files."""
     rng = random.Random(SEED)
     for_train, for_test = combinations()
-    train = make_split(TRAIN, for_train, TRAIN_ROWS, rng, avoid=set())
-    test = make_split(
-        TEST, for_test, TEST_ROWS, rng, avoid=set().union(*(word_runs(*pair) for pair in train))
-    )
+    train = make_split(TRAIN, for_train, TRAIN_ROWS, rng)
+    test = make_split(TEST, for_test, TEST_ROWS, rng, unlike=train)
     check(train, test)
     return {
         "train.jsonl": _lines(row for _, row in train),

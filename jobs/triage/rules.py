@@ -30,6 +30,11 @@ class Facts:
     security: bool
 
     @property
+    def brand(self) -> str:
+        """First word of the product's name; a brand belongs to one split."""
+        return self.product.split()[0]
+
+    @property
     def combination(self) -> tuple[str, str, str, str]:
         """The tuple whose test values never occur in train: product line, category, plan, impact."""
         return self.line, self.category, self.plan or "basic", self.impact

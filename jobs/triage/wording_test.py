@@ -12,8 +12,6 @@ TEST = Bank(
         Osprey Basalt Comet Drift Everest Fable Garnet Heron Iris Jade Kodiak Larch Mistral Nickel Oasis Pebble
         Quasar Rowan Saffron Tempo Ursa Vesper Walden Yarrow Zircon Bamboo Copper Diamond Fox Lantern Meadow Storm
     """),
-    heads=words("Alti Brin Cele Dora Estre Fen Gim Hol Jul Mira Pol Sten Tor Vic"),
-    tails=words("ga no lo ra wick bal mar ton dex sy cast pix"),
     models=["Max", "Lite", "Go", "Z3", "T8", "450", "B20", "Ultra", "QX"],
     devices={
         "network": ["router", "switch", "firewall", "modem", "network hub", "Wi-Fi mesh"],

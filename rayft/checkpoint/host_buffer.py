@@ -20,6 +20,13 @@ class HostBuffer:
         """Forget the content, keep the memory."""
         self.size = 0
 
+    def reserve(self, size: int) -> None:
+        """Allocate memory for `size` bytes and touch it: its first use costs many times what a copy does."""
+        while len(self._blocks) * self._block_bytes < size:
+            block = np.empty(self._block_bytes, np.uint8)
+            block.fill(0)
+            self._blocks.append(block)
+
     def append(self, data: np.ndarray) -> int:
         """Copy the bytes of a 1-D array to the next aligned position; returns that position in bytes."""
         padding = -self.size % ALIGN_BYTES

@@ -41,6 +41,7 @@ class CheckpointReader:
     def __init__(self, store: Store, step: int, *, cache_dir: Path | str | None = None) -> None:
         self.manifest = _manifest(store, step)
         remote = store.local_path(layout.folder(step)) is None
+        self._mapped = cache_dir is not None or not remote
         self._files = VerifiedFiles(store, self.manifest, Path(cache_dir) if cache_dir and remote else None)
         self._tensors = {(tensor.name, tensor.kind): tensor for tensor in self.manifest.tensors}
 
@@ -83,7 +84,10 @@ class CheckpointReader:
         return out
 
     def read_many(self, requests: Iterable[Range]) -> Iterator[np.ndarray]:
-        """`read` for each request, in order, the next few already under way: hides the latency of a remote store."""
+        """`read` for each request, in order; from a remote store the next few are already under way."""
+        if self._mapped:  # threads would only cost
+            yield from (self.read(*one) for one in requests)
+            return
         todo = iter(requests)
         with ThreadPoolExecutor(_READ_AHEAD, "rayft-read") as pool:
             running: list[Future[np.ndarray]] = [

@@ -90,23 +90,26 @@ class VerifiedFiles:
         return data
 
     def _bytes(self, file: str, start: int, length: int) -> np.ndarray:
-        path = self._path(file)
-        if path is not None:
-            return self._mapped(file, path)[start : start + length]
+        mapped = self._mapped(file)
+        if mapped is not None:
+            return mapped[start : start + length]
         out = np.empty(length, np.uint8)
         self._store.read_into(self._key(file), start, out.data)
         return out
+
+    def _mapped(self, file: str) -> np.ndarray | None:
+        with self._lock:
+            if file not in self._maps:
+                path = self._path(file)
+                if path is None:
+                    return None
+                self._maps[file] = self._map(file, path)
+            return self._maps[file]
 
     def _path(self, file: str) -> Path | None:
         if self._cache_dir is not None:
             return node_cache(self._store, self._key(file), self._cache_dir)
         return self._store.local_path(self._key(file))
-
-    def _mapped(self, file: str, path: Path) -> np.ndarray:
-        with self._lock:
-            if file not in self._maps:
-                self._maps[file] = self._map(file, path)
-            return self._maps[file]
 
     def _map(self, file: str, path: Path) -> np.ndarray:
         # The size is checked first: touching a mapping behind the end of its file kills the process.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import socket
@@ -60,6 +61,9 @@ class CheckpointWriter:
     whoever goes on need not save again. All ranks save the same steps in the same order. With
     `background=False` everything happens inside `save`.
 
+    reserve_bytes: about the size of this rank's data. Its memory is then prepared in the background, so that the first
+    save blocks no longer than the others.
+
     Raises `StorageError` where the storage does not hold the record of `epoch`: a path that the nodes do not
     share.
     """
@@ -73,6 +77,7 @@ class CheckpointWriter:
         *,
         backlog: int = 1,
         background: bool = True,
+        reserve_bytes: int = 0,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         if epoch and not store.exists(layout.record_key(epoch)):
@@ -82,23 +87,24 @@ class CheckpointWriter:
             )
         self._store, self._epoch, self._rank, self._world_size = store, epoch, rank, world_size
         self._timeout_s = timeout_s
-        self._last_step = -1
+        self._last_step = self._ended_step = -1
         self.last_committed: int | None = None  # rank 0 only: the other ranks do not see the commit
-        self._free: queue.Queue[HostBuffer] = queue.Queue()
-        for _ in range(backlog):
-            self._free.put(HostBuffer())
         self._backlog = backlog
+        self._reserve_bytes = reserve_bytes
+        self._free: queue.Queue[HostBuffer] = queue.Queue()
         self._todo: queue.Queue[_Save | None] = queue.Queue()
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
         if background:
             self._thread = threading.Thread(target=self._work, name="rayft-checkpoint", daemon=True)
             self._thread.start()
+        else:
+            self._make_buffers()
 
     @property
     def busy(self) -> bool:
         """Whether a save is under way."""
-        return self._free.qsize() < self._backlog
+        return self._ended_step < self._last_step
 
     def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any]) -> float:
         """Copy the fragments and publish them; returns the seconds waited for an earlier save.
@@ -167,7 +173,15 @@ class CheckpointWriter:
         failure, self._failure = self._failure, None
         return failure
 
+    def _make_buffers(self) -> None:
+        for _ in range(self._backlog):
+            buffer = HostBuffer()
+            with contextlib.suppress(MemoryError):  # `save` says so, if it needs that much
+                buffer.reserve(self._reserve_bytes)
+            self._free.put(buffer)
+
     def _work(self) -> None:
+        self._make_buffers()
         while (save := self._todo.get()) is not None:
             self._run(save)
 
@@ -187,6 +201,7 @@ class CheckpointWriter:
         except Exception as error:
             self._failure = error
         finally:
+            self._ended_step = save.step
             self._free.put(save.buffer)
 
     def _publish(self, save: _Save) -> None:

@@ -16,6 +16,9 @@ from rayft.generate.engine import Sync
 from rayft.model.attention import Documents
 from rayft.model.head import causal_model
 
+#: Number of the row that keeps a rank going whose own rows have ended; it draws from no row's stream.
+NOBODY = -1
+
 #: Chooses the next token of each row from its logits [B, V]; the rows' numbers are given beside them.
 Choice = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
@@ -98,7 +101,7 @@ def decode(
     running = list(rows)
     batch = (prefill_packed if packed else prefill_padded)(model, prompts or [[0]])
     for step in range(max_new_tokens):
-        tokens_B = choose(batch.logits_BV, running or [0])
+        tokens_B = choose(batch.logits_BV, running or [NOBODY])
         tokens = tokens_B.tolist()
         if running:
             yield list(zip(running, tokens, strict=True))

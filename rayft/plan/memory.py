@@ -56,15 +56,6 @@ class MemoryPlan:
         names = ("weights", "gradients", "optimizer", "activations", "logits", "buckets", "overhead")
         return {name: getattr(self, name) for name in names}
 
-    def facts(self) -> dict[str, Any]:
-        """For the run log and the report page: GB are 1e9 bytes, as measured peaks are."""
-        terms = {name: round(size / 1e9, 3) for name, size in self.terms().items()}
-        return {
-            "stage": self.stage,
-            "predicted_memory_gb": round(self.device / 1e9, 3),
-            "memory_terms_gb": terms,
-        }
-
 
 def plan_memory(
     job: Job, architecture: Architecture, stage: int, world_size: int | None = None

@@ -18,8 +18,6 @@ from rayft.storage import Store
 
 PAGE = "report.html"
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#ca8a04", "#64748b", "#db2777")
-#: Events that fill the log without telling a reader much; checkpoints have a list of their own.
-QUIET = frozenset({"checkpoint", "plan"})
 
 
 def write_page(store: Store) -> None:
@@ -40,7 +38,7 @@ def render_page(job: Job, job_text: str, rows: Sequence[Row], lineage: dict[str,
         _section("Training", _curves(rows, steps, events)),
         _section("Before and after", _suites(job, rows)),
         _section("Where the time went", _time_split(steps)),
-        _section("Memory", _memory(steps, events)),
+        _section("Memory", _memory(job, steps, events)),
         _section("Checkpoints", _checkpoints(events)),
         _section("Events", _events(events)),
         _section("Lineage", _lineage(lineage)),
@@ -131,15 +129,21 @@ def _time_split(steps: Sequence[Row]) -> str:
     )
 
 
-def _memory(steps: Sequence[Row], events: Sequence[Row]) -> str:
-    """Predicted terms as a bar, and predicted against measured for each rank."""
-    plans = [row for row in events if "memory_terms_gb" in row]
+def _memory(job: Job, steps: Sequence[Row], events: Sequence[Row]) -> str:
+    """Predicted terms as a bar, and predicted against measured for each rank.
+
+    What is measured on a GPU is its allocator's peak, so the overhead is left out of the prediction there.
+    """
+    plans = [row for row in events if row.get("memory_terms_gb")]
     measured = [row["peak_memory_gb"] for row in steps if row.get("peak_memory_gb")]
-    parts = []
+    parts, predicted = [], 0.0
     if plans:
-        terms = plans[-1]["memory_terms_gb"].items()
+        terms = plans[-1]["memory_terms_gb"]
+        predicted = sum(
+            s for name, s in terms.items() if name != "overhead" or not job.cluster.gpus_per_worker
+        )
         bar = stacked_bar(
-            [(name, size, COLOURS[i % len(COLOURS)]) for i, (name, size) in enumerate(terms)], "GB"
+            [(name, s, COLOURS[i % len(COLOURS)]) for i, (name, s) in enumerate(terms.items())], "GB"
         )
         parts.append(f"<p>predicted for a rank at ZeRO stage {plans[-1]['stage']}</p>{bar}")
     if measured:
@@ -147,7 +151,6 @@ def _memory(steps: Sequence[Row], events: Sequence[Row]) -> str:
         lines = []
         for rank in range(ranks):
             peak = max(peaks[rank] for peaks in measured if rank < len(peaks))
-            predicted = plans[-1]["predicted_memory_gb"] if plans else None
             difference = f"{peak / predicted - 1:+.0%}" if predicted else ""
             lines.append(
                 ("", (str(rank), f"{predicted:.2f}" if predicted else "", f"{peak:.2f}", difference))
@@ -162,9 +165,10 @@ def _checkpoints(events: Sequence[Row]) -> str:
 
 
 def _events(events: Sequence[Row]) -> str:
-    shown = [row for row in events if row["event"] not in QUIET]
     lines = []
-    for row in shown:
+    for row in events:
+        if row["event"] == "checkpoint":
+            continue  # they have a list of their own
         when = time.strftime("%m-%d %H:%M:%S", time.gmtime(row["time"]))
         cells = (when, str(row["attempt"]), row["event"], row.get("message", ""))
         lines.append(("failed" if row["event"] in ("failure", "hang") else "", cells))

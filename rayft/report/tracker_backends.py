@@ -36,7 +36,7 @@ class TensorBoard:
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._writer.add_event(Event(wall_time=time, step=step, summary=Summary(value=values)))
-        self._writer.flush()
+        self._writer.flush()  # where TensorFlow is installed, its file layer buffers
         self._upload(self.UPLOAD_EVERY_S)
 
     def close(self, code: int) -> None:

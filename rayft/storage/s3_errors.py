@@ -30,8 +30,8 @@ _DENIED_CODES = frozenset(
 _MISSING_CODES = frozenset({"NoSuchKey", "404", "NotFound"})
 
 
-class ShortBody(Exception):
-    """A response body ended before its promised length."""
+class Passing(Exception):
+    """A failure that the service reports inside a successful response, and that may pass."""
 
 
 def fatal(error: BaseException, operation: str) -> BaseException | None:
@@ -49,7 +49,7 @@ def fatal(error: BaseException, operation: str) -> BaseException | None:
             "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role for this machine.",
         )
     passing = (
-        ShortBody,
+        Passing,
         OSError,
         boto.HTTPClientError,
         boto.ConnectionError,

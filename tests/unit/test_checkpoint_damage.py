@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayft.checkpoint import CheckpointReader, CorruptCheckpoint, committed_steps, latest, retain
+from rayft.checkpoint.survey import survey
 from rayft.errors import StorageError
 from rayft.storage import LocalStore
 from rayft.storage.store import Data
@@ -159,6 +160,7 @@ def test_a_crash_at_any_moment_of_retention_leaves_only_whole_checkpoints(tmp_pa
             retain(store, 1)
         plain = LocalStore(store.root)
         steps = committed_steps(plain)
+        assert survey(plain).bad == {}  # nothing looks like a damaged checkpoint
         assert latest_and_skipped(plain) == (3, [])
         assert set(steps) <= {1, 2, 3}
         for step in steps:

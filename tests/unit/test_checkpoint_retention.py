@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rayft.checkpoint import CheckpointWriter, Lease, committed_steps, latest, retain
+from rayft.checkpoint import CheckpointReader, CheckpointWriter, Lease, committed_steps, latest, retain
 from rayft.errors import LeaseLost
 from rayft.storage import LocalStore, Store
 from rayft.storage.s3 import S3Store
@@ -147,6 +147,19 @@ def test_the_same_step_of_a_stale_and_of_the_current_epoch(
     assert retain(store, 5, epoch=second) == []
     checkpoints.check(store, 8)
     assert all(f"{second:07d}" in entry.key for entry in store.list("checkpoints/step-8"))
+
+
+def test_a_step_saved_again_after_a_resume(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    lease = Lease.acquire(store, {})
+    first = lease.begin_attempt(None)
+    checkpoints.save(store, 4, epoch=first)
+    second = lease.begin_attempt(4)
+    checkpoints.save(store, 4, epoch=second, world_size=3)
+    assert CheckpointReader(store, 4).manifest.world_size == 3
+    assert retain(store, 1, epoch=second) == []
+    checkpoints.check(store, 4)
+    assert all(f"{second:07d}" in entry.key for entry in store.list("checkpoints"))
 
 
 def test_a_stale_caller_may_delete_nothing(tmp_path: Path) -> None:

@@ -63,10 +63,14 @@ def test_any_range_from_any_split(tmp_path_factory: pytest.TempPathFactory, data
         offset = data.draw(st.integers(0, total), label="offset")
         length = data.draw(st.integers(0, total - offset), label="length")
         requests.append(Range("w", "param", offset, length))
-    for request, got in zip(requests, reader.read_many(requests), strict=True):
-        assert got.dtype == numpy_dtype
-        np.testing.assert_array_equal(got, values[request.offset : request.offset + (request.length or 0)])
-    np.testing.assert_array_equal(reader.read("w"), values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "rayft.checkpoint.verified._WINDOW_CHUNKS", data.draw(st.integers(1, 3), label="window")
+        )
+        for request, got in zip(requests, reader.read_many(requests), strict=True):
+            assert got.dtype == numpy_dtype
+            np.testing.assert_array_equal(got, values[request.offset :][: request.length])
+        np.testing.assert_array_equal(reader.read("w"), values)
 
 
 def test_reading_a_remote_checkpoint_by_ranges_and_through_the_node_cache(
@@ -83,16 +87,26 @@ def test_reading_a_remote_checkpoint_by_ranges_and_through_the_node_cache(
     part = CheckpointReader(store, 3).read("w", "param", values.size // 2, 10)
     np.testing.assert_array_equal(part, values[values.size // 2 :][:10])
     assert s3_proxy.hits == {"slow": 1}
+    starts = range(0, values.size, values.size // 13)
+    pieces = CheckpointReader(store, 3).read_many(Range("w", "param", at, 7) for at in starts)
+    for at, piece in zip(starts, pieces, strict=True):
+        np.testing.assert_array_equal(piece, values[at:][:7])
+    s3_proxy.hits.clear()
+    s3_proxy.add("slow", "HEAD", ".bin")
     for _ in range(2):
         cached = CheckpointReader(store, 3, cache_dir=tmp_path)
-        np.testing.assert_array_equal(cached.read("w"), values)
-    assert s3_proxy.hits == {"slow": 2}
+        for _ in range(2):
+            np.testing.assert_array_equal(cached.read("w"), values)
+    assert s3_proxy.hits == {
+        "slow": 4
+    }  # each reader looks once at the object; it is sized and downloaded once
     assert latest(store) == 3
 
 
-def test_the_buffer_is_filled_by_one_copy_and_kept(tmp_path: Path) -> None:
+def test_the_buffer_is_filled_by_one_copy_and_kept() -> None:
     buffer = HostBuffer(block_bytes=256)
     data = [np.arange(size, dtype=np.uint16) for size in (1, 100, 0, 300)]
+    memory = []
     for _ in range(2):
         buffer.clear()
         starts = [buffer.append(one) for one in data]
@@ -102,14 +116,26 @@ def test_the_buffer_is_filled_by_one_copy_and_kept(tmp_path: Path) -> None:
         for start, one in zip(starts, data, strict=True):
             assert whole[start : start + one.nbytes] == one.tobytes()
             assert b"".join(buffer.parts(start, start + one.nbytes)) == one.tobytes()
-        blocks = [part.obj for part in buffer.parts()]
-    assert all(block is again.obj for block, again in zip(blocks, buffer.parts(), strict=True))
+        memory.append([part.obj for part in buffer.parts()])
+    assert all(first is second for first, second in zip(*memory, strict=True))
+
+
+def test_reserved_memory_is_what_the_first_save_fills() -> None:
+    buffer = HostBuffer(block_bytes=256)
+    buffer.reserve(600)
+    buffer.reserve(10)
+    reserved = [id(block) for block in buffer._blocks]
+    assert len(reserved) == 3
+    data = np.arange(300, dtype=np.uint16)
+    buffer.append(data)
+    assert b"".join(buffer.parts()) == data.tobytes()
+    assert [id(block) for block in buffer._blocks] == reserved
 
 
 def test_training_may_change_the_tensors_once_save_returns(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     values = np.full(100_000, 1.0, np.float32)
-    writer = CheckpointWriter(store, 0, 0, 1)
+    writer = CheckpointWriter(store, 0, 0, 1, reserve_bytes=1 << 20)
     state = {"position": 1}
     for step in (1, 2, 3):
         writer.save(step, [Fragment("w", "param", (100_000,), "float32", 0, values)], state)

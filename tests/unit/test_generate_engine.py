@@ -145,8 +145,17 @@ def test_in_step_fills_up_with_empty_batches() -> None:
     assert list(in_step([[1]], lambda _: next(more))) == [[1], [], []]
 
 
-def _uneven() -> tuple[list[list[int]], list[tuple[float, int]], int]:
-    """Rank 0 has all the rows, rank 1 none; every forward meets the other rank's in an all-reduce."""
+#: Answers end early, each at its own time.
+OFTEN = set(range(0, 264, 4))
+LONG_FIRST = sorted(PROMPTS, key=len, reverse=True)
+SAMPLED = {"max_new_tokens": 24, "temperature": 1.0, "seed": 5}
+
+
+def _uneven() -> dict[str, list[object]]:
+    """Greedy and scored: rank 0 has all the rows. Sampled: both have some, with answers of uneven lengths.
+
+    Every forward meets the other rank's in an all-reduce.
+    """
     import torch.distributed as dist
 
     rank, forwards = dist.get_rank(), torch.zeros(1)
@@ -161,17 +170,23 @@ def _uneven() -> tuple[list[list[int]], list[tuple[float, int]], int]:
         forwards.add_(1)
 
     model = tiny_model()
-    model.register_forward_pre_hook(together)
+    model.base_model.register_forward_pre_hook(together)
     ours = TransformersEngine(model, tiny_tokenizer(), batch_size=2, sync=largest)
     mine = PROMPTS if rank == 0 else []
-    answers = ours.generate(mine, max_new_tokens=6)
+    greedy = ours.generate(mine, max_new_tokens=6)
     scores = ours.score([(ids, [False] + [True] * (len(ids) - 1)) for ids in mine])
-    return answers, scores, int(forwards)
+    ours.stop_ids = frozenset(OFTEN)
+    sampled = ours.generate(LONG_FIRST[rank::2], **SAMPLED)  # type: ignore[arg-type]
+    return {"greedy": greedy, "scores": scores, "sampled": sampled, "forwards": [int(forwards)]}  # type: ignore[dict-item]
 
 
 def test_ranks_of_a_sharded_model_run_equally_many_forwards() -> None:
-    (answers, scores, forwards), (none, nothing, others) = run_ranks(_uneven, 2, timeout_s=120)
-    assert answers == engine().generate(PROMPTS, max_new_tokens=6)
-    assert [tokens for _, tokens in scores] == [len(ids) - 1 for ids in PROMPTS]
-    assert (none, nothing) == ([], [])
-    assert forwards == others
+    first, second = run_ranks(_uneven, 2, timeout_s=120)
+    assert first["forwards"] == second["forwards"]
+    assert first["greedy"] == engine().generate(PROMPTS, max_new_tokens=6)
+    assert [tokens for _, tokens in first["scores"]] == [len(ids) - 1 for ids in PROMPTS]
+    assert second["greedy"] == second["scores"] == []
+    for rank, found in enumerate((first, second)):
+        assert found["sampled"] == engine(stop=OFTEN).generate(LONG_FIRST[rank::2], **SAMPLED)  # type: ignore[arg-type]
+    lengths = [len(answer) for answer in first["sampled"] + second["sampled"]]
+    assert len(set(lengths)) > 2

@@ -10,7 +10,7 @@ import pytest
 from rayft.plan.activations import activation_bytes, layer_bytes_per_token, logits_bytes
 from rayft.plan.architecture import FAMILY_DEFAULTS, Architecture, read_architecture
 from rayft.plan.trainable import adapted_stacks
-from rayft.spec import Adapter, parse_job
+from rayft.spec import Adapter, Job, parse_job
 
 TOKENS = 64
 SIZES = {
@@ -79,23 +79,53 @@ def test_layer_keeps_what_is_predicted(family: str, element: int, adapted: bool)
 
 
 CONFIG = {**SIZES, "model_type": "llama", "num_hidden_layers": 8}
+LLAMA = read_architecture(CONFIG)
 
 
-def plan(**train: Any) -> int:
+def job(**groups: Any) -> Job:
     values = {"name": "x", "model": {"path": "m"}, "data": {"train": [{"path": "a"}], "max_length": 512}}
-    job = parse_job({**values, "train": train})
-    return activation_bytes(job, read_architecture(CONFIG), 2)
+    return parse_job({**values, "cluster": {"gpus_per_worker": 1}, **groups})
+
+
+def kept(**groups: Any) -> int:
+    return activation_bytes(job(**groups), LLAMA, 2)
 
 
 def test_micro_batch_and_checkpointing() -> None:
-    assert plan(micro_batch_size=4) == 4 * plan()
-    layer = layer_bytes_per_token(read_architecture(CONFIG), 2) * 512
-    assert plan() - plan(gradient_checkpointing=True) == 7 * layer - 8 * 512 * 2 * 128
+    assert kept(train={"micro_batch_size": 4}) == 4 * kept()
+    layer = layer_bytes_per_token(LLAMA, 2) * 512
+    assert kept() - kept(train={"gradient_checkpointing": True}) == 7 * layer - 8 * 512 * 2 * 128
+
+
+def test_scores_are_kept_where_the_attention_keeps_them() -> None:
+    on_cpu: dict[str, Any] = {"cluster": {}}
+    assert kept(**on_cpu) - kept() == 8 * 512 * 4 * 256 * 2  # probabilities of documents up to 256 tokens
+    short = {"data": {"train": [{"path": "a"}], "max_length": 128}}
+    assert kept(**on_cpu, **short) - kept(**short) == 8 * 128 * 4 * 128 * 2
+    assert kept(**on_cpu, model={"path": "m", "attention": "sdpa"}) == kept()
+    assert kept(model={"path": "m", "attention": "eager"}) - kept() == 8 * 512 * 4 * 512 * 8
+
+
+def test_updates_of_adapted_experts_are_whole() -> None:
+    mixtral = read_architecture({**CONFIG, "model_type": "mixtral", "num_local_experts": 4})
+    attention = {"type": "lora", "target_modules": ["q_proj"]}
+    size = 2 * stacked_parameters(mixtral)
+
+    def extra(**train: Any) -> int:
+        both = ({"type": "lora"}, attention)
+        every, few = (activation_bytes(job(adapter=a, train=train), mixtral, 2) for a in both)
+        return every - few
+
+    assert extra() == size
+    assert extra(gradient_checkpointing=True) == size // 8
 
 
 def test_logits_exist_a_chunk_at_a_time() -> None:
-    values = {"name": "x", "model": {"path": "m"}, "data": {"train": [{"path": "a"}], "max_length": 512}}
-    architecture = read_architecture(CONFIG)
-    job = parse_job({**values, "train": {"logits_chunk": 128}})
-    assert logits_bytes(job, architecture, 2) == 128 * 64 * 8
-    assert logits_bytes(parse_job(values), architecture, 2) == 512 * 64 * 8
+    """In bf16 and fp32 on a GPU, in bf16 on a CPU, with the gradient of a trained head; 64 words, 128 wide."""
+    head = 64 * 128
+    assert logits_bytes(job(train={"logits_chunk": 128}), LLAMA, 2) == 128 * 64 * 6 + head * 6
+    assert logits_bytes(job(), LLAMA, 2) == 512 * 64 * 6 + head * 4  # one chunk: nothing is summed in fp32
+    assert logits_bytes(job(cluster={}), LLAMA, 2) == 512 * 64 * 2 + head * 4
+    assert logits_bytes(job(adapter={"type": "lora"}), LLAMA, 2) == 512 * 64 * 6
+    saved = {"type": "lora", "modules_to_save": ["lm_head"]}
+    assert logits_bytes(job(adapter=saved), LLAMA, 2) == 512 * 64 * 6 + head * 4

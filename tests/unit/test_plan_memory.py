@@ -84,7 +84,7 @@ def test_buckets_follow_the_jobs_options() -> None:
     assert plan_memory(job(), MODEL, 3).buckets == usual + 2 * (20_000_000 + layer)
 
 
-def test_totals_and_facts() -> None:
+def test_totals() -> None:
     plan = plan_memory(job(), MODEL, 2)
     assert plan.device == sum(plan.terms().values())
     assert list(plan.terms()) == [
@@ -97,9 +97,6 @@ def test_totals_and_facts() -> None:
         "overhead",
     ]
     assert plan.overhead == OVERHEAD_GPU
-    facts = plan.facts()
-    assert facts["stage"] == 2
-    assert facts["predicted_memory_gb"] == pytest.approx(plan.device / 1e9, abs=1e-3)
 
 
 @given(
@@ -113,7 +110,7 @@ def test_each_stage_holds_no_more_state_than_the_one_before(
     planned = job(workers, train={"precision": precision}, adapter=adapter)
     plans = [plan_memory(planned, MODEL, stage) for stage in STAGES]
     sums = [plan.weights + plan.gradients + plan.optimizer for plan in plans]
-    first = 1 if precision == "fp32" else 0  # in fp32, stage 0 alone has no second copy of the weights
+    first = 0 if precision == "bf16" else 1  # else stage 0 alone has no second copy of the weights
     assert sums[first:] == sorted(sums[first:], reverse=True)
     assert len({plan.activations for plan in plans}) == 1
 

@@ -71,9 +71,7 @@ def step(number: int, **more: Any) -> dict[str, Any]:
 def a_run(store: LocalStore) -> None:
     store.put("job.yaml", dump_job(JOB).encode())
     log = RunLog(store, 1, lambda: True)
-    log.event(
-        "plan", "it fits", stage=2, predicted_memory_gb=2.5, memory_terms_gb={"weights": 1.0, "logits": 1.5}
-    )
+    log.event("plan", "it fits", stage=2, memory_terms_gb={"weights": 1.0, "logits": 1.5})
     log.begin_attempt(1, 1, None)
     log.append(
         {"kind": "suites", "when": "before", "step": 0, "results": {"general": {"bits_per_byte": 0.9}}}
@@ -113,6 +111,20 @@ def test_page_of_a_run(tmp_path: Path) -> None:
         "+20%",
     ]
     assert any(word.startswith("backward 15.0 s (75.0%)") for word in page.words)
+
+
+def test_on_a_gpu_the_overhead_is_not_measured() -> None:
+    job = JOB.model_copy(update={"cluster": JOB.cluster.model_copy(update={"gpus_per_worker": 1})})
+    stamps = {"time": 0, "attempt": 1, "epoch": 1}
+    plan = {
+        "kind": "event",
+        "event": "plan",
+        "stage": 0,
+        "memory_terms_gb": {"weights": 1.0, "overhead": 9.0},
+        **stamps,
+    }
+    words = Reader(render_page(job, "", [plan, {**step(1), **stamps}], None)).words
+    assert words[words.index("2.00") - 2 :][:4] == ["0", "1.00", "2.00", "+100%"]
 
 
 def test_page_of_a_run_that_just_began() -> None:
