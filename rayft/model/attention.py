@@ -10,6 +10,7 @@ Shapes: B rows, T tokens of a row, H query heads, K key-value heads, D head size
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Documents:
     def __init__(self, cu_seqlens: torch.Tensor) -> None:
         bounds = cu_seqlens.tolist()
         self.cu_seqlens = cu_seqlens.to(torch.int32)
-        self.lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+        self.lengths = tuple(end - start for start, end in pairwise(bounds))
         self.max_length = max(self.lengths)
 
     @classmethod
@@ -67,7 +68,7 @@ def documents_attention(
     sliding_window: keys a token sees, itself included. softcap: scores become softcap * tanh(score / softcap).
     Raises ValueError for what only training never does: key/value caches, attention dropout, packs without `documents`.
     """
-    B, H, T, D = query_BHTD.shape
+    B, _, T, D = query_BHTD.shape
     if key_BKTD.shape[2] != T:
         raise ValueError(f"{NAME} attention has no key/value cache; generate with another implementation")
     if dropout:
@@ -133,6 +134,8 @@ def _varlen(
 
     cu, longest = documents.cu_seqlens, documents.max_length
     left = -1 if window is None else window - 1
-    return varlen_attn(
+    out = varlen_attn(
         query, key, value, cu, cu, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True
     )
+    assert isinstance(out, torch.Tensor), "the log-sum-exp was not asked for"
+    return out

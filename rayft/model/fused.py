@@ -52,12 +52,19 @@ def _equal_of(module: nn.Module) -> type[nn.Module] | None:
 class RmsNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + eps), the root and the quotient in fp32 (arXiv:1910.07467)."""
 
+    weight: nn.Parameter
+    variance_epsilon: float
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return _RmsNorm.apply(hidden, self.weight, self.variance_epsilon)
 
 
 class SwiGlu(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.down_proj(_SiluProduct.apply(self.gate_proj(hidden), self.up_proj(hidden)))

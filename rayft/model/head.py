@@ -23,6 +23,9 @@ from rayft.model.attention import NAME as DOCUMENTS
 from rayft.model.attention import Documents
 from rayft.model.families import PROVEN
 
+#: Packs are filled up to a multiple of this many tokens: products of odd lengths are 4 % slower on two cores.
+_MULTIPLE = 16
+
 #: Elements of fp32 logits that are exponentiated at a time on a CPU, to stay in its cache.
 _CPU_TILE = 1 << 20
 
@@ -83,6 +86,8 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
 
 def _forward(model: nn.Module, batch: dict[str, Any], *, summed: bool) -> torch.Tensor:
     inner = causal_model(model)
+    if "cu_seqlens" in batch:
+        batch = _filled(batch)
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     inputs |= _boundaries(inner, batch)
     targets = batch["targets"].flatten()
@@ -96,14 +101,27 @@ def _forward(model: nn.Module, batch: dict[str, Any], *, summed: bool) -> torch.
     return losses.sum() if summed else -losses
 
 
-def _linears(head: nn.Module) -> list[nn.Linear]:
+def _linears(head: nn.Module) -> list[Any]:
     """The linear layer that is the head, with the copies that train beside an adapter; none if it is adapted itself."""
-    parts = (
-        [head.original_module, *head.modules_to_save.values()]
-        if isinstance(head, ModulesToSaveWrapper)
-        else [head]
-    )
+    parts: list[Any] = [head]
+    if isinstance(head, ModulesToSaveWrapper):
+        parts = [head.original_module, *head.modules_to_save.values()]
     return parts if all(type(part) in (nn.Linear, NllHead) for part in parts) else []
+
+
+def _filled(batch: dict[str, Any]) -> dict[str, Any]:
+    """The pack with one more document, without targets, that makes its length a multiple of `_MULTIPLE`."""
+    missing = -batch["input_ids"].shape[1] % _MULTIPLE
+    if not missing:
+        return batch
+    ids, targets, positions = batch["input_ids"], batch["targets"], batch["position_ids"]
+    cu_seqlens = batch["cu_seqlens"]
+    return {
+        "input_ids": torch.cat([ids, ids.new_zeros(1, missing)], 1),
+        "targets": torch.cat([targets, targets.new_full((1, missing), IGNORE)], 1),
+        "position_ids": torch.cat([positions, torch.arange(missing, device=ids.device)[None]], 1),
+        "cu_seqlens": torch.cat([cu_seqlens, cu_seqlens[-1:] + missing]),
+    }
 
 
 def _boundaries(inner: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
@@ -132,13 +150,12 @@ class _SummedNll(torch.autograd.Function):
         differentiate: bool,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        minus_one = torch.full_like(targets, -1.0, dtype=torch.float32) if differentiate else None
+        minus_one = torch.full_like(targets, -1.0, dtype=torch.float32)
         grads = _Gradients(hidden, weight, ctx.needs_input_grad if differentiate else (False, False), chunk)
         for rows in _chunks(len(targets), chunk):
             logits = nn.functional.linear(hidden[rows], weight)
-            total -= _target_logprobs(
-                logits, targets[rows], softcap, minus_one[rows] if differentiate else None
-            ).sum()
+            weights = minus_one[rows] if differentiate else None
+            total -= _target_logprobs(logits, targets[rows], softcap, weights).sum()
             grads.add(rows, logits)
         ctx.grads = grads.result()
         return total

@@ -80,6 +80,7 @@ def device_of(job: Job) -> str:
 
 def build_learner(plan: RunPlan, files: ModelFiles, pad_id: int) -> Learner:
     """Model, adapter and engine of this rank, freshly initialised."""
+    from rayft.model.fused import install_fused
     from rayft.model.head import install_nll_head
 
     job, dtype = plan.job, compute_dtype(plan.job)
@@ -91,6 +92,7 @@ def build_learner(plan: RunPlan, files: ModelFiles, pad_id: int) -> Learner:
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     install_nll_head(model, job.train.logits_chunk)
+    install_fused(model)
     objective = SftObjective(packed=plan.packed, pad_id=pad_id)
     return Learner(job, model, objective, stage=plan.stage, device=device_of(job))
 

@@ -70,6 +70,8 @@ class Worker:
             self.rank,
             self.world_size,
             backlog=self.job.checkpoint.backlog,
+            # Touching fresh memory is what makes a first save slow, so its buffer is made before training.
+            reserve_bytes=sum(fragment.data.nbytes for fragment in self.learner.fragments()),
             timeout_s=self.job.checkpoint.commit_timeout_s,
         )
         self.retention = Retention(
@@ -265,7 +267,8 @@ class Worker:
         self._beat("load")
 
     def _resume(self) -> None:
-        reader = CheckpointReader(self.store, self.resumed_step)
+        cache_dir = setup.node_cache_dir() / "checkpoints"
+        reader = CheckpointReader(self.store, self.resumed_step, cache_dir=cache_dir)
         state = reader.state
         self.learner.load(reader, state["optimizer_step"])
         self.step, self.position = reader.manifest.step, state["position"]

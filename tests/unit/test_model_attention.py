@@ -35,7 +35,9 @@ def reference(
     return torch.einsum("hst,thd->shd", weights, value.repeat_interleave(fold, 1))
 
 
-def tensors(tokens: int, heads: int, key_heads: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def tensors(
+    tokens: int, heads: int, key_heads: int, dtype: torch.dtype = torch.float64
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens)
     shapes = [(tokens, heads, 8), (tokens, key_heads, 8), (tokens, key_heads, 8)]
     return [torch.randn(s, generator=generator, dtype=dtype, requires_grad=True) for s in shapes]
@@ -112,7 +114,9 @@ def test_a_pack_without_documents_is_refused() -> None:
     with pytest.raises(ValueError, match="documents"):
         model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
     documents = Documents(torch.tensor([0, 3, 6]))
-    model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), documents=documents, use_cache=False)
+    model(
+        input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), documents=documents, use_cache=False
+    )
 
 
 def test_gradient_checkpointing_recomputes_the_same() -> None:

@@ -35,7 +35,13 @@ def model_of(family: str, attention: str, **overrides: object) -> PreTrainedMode
         return tiny.tiny_model(family, attention=attention, **overrides)
     known = tiny.tiny_config(_ALIKE[family])
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings", "initializer_range")
+    names += (
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "initializer_range",
+    )
     config = AutoConfig.for_model(family, **{name: getattr(known, name) for name in names}, pad_token_id=0)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
@@ -67,7 +73,11 @@ def pack(documents: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 def pad(documents: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     longest = max(len(d["ids"]) for d in documents)
     shape = (len(documents), longest)
-    ids, targets, mask = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE), torch.zeros(shape).long()
+    ids, targets, mask = (
+        torch.zeros(shape, dtype=torch.long),
+        torch.full(shape, IGNORE),
+        torch.zeros(shape).long(),
+    )
     for row, d in enumerate(documents):
         n = len(d["ids"])
         ids[row, :n], targets[row, :n], mask[row, :n] = d["ids"], d["targets"], 1
@@ -88,7 +98,9 @@ def gradients(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, torch.Ten
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_same_gradients(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float
+) -> None:
     assert ours.keys() == theirs.keys()
     norm = torch.stack([g.norm() for g in theirs.values()]).norm()
     for name, grad in theirs.items():
@@ -164,8 +176,17 @@ def test_attention_dropout_is_refused_for_packing() -> None:
 
 def test_unproven_family_trains_unpacked_with_whole_logits() -> None:
     config = AutoConfig.for_model(
-        "cohere", vocab_size=tiny.VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, logit_scale=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        "cohere",
+        vocab_size=tiny.VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logit_scale=0.25,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
