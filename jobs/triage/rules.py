@@ -8,12 +8,10 @@ CATEGORIES = ("billing", "delivery", "defect", "access", "setup")
 PLANS = ("premium", "standard", "basic")
 IMPACTS = ("all", "some", "one")
 PRIORITIES = ("urgent", "high", "normal", "low")
-REFUNDS = ("none", "auto", "manager")
 LINES = ("network", "print", "video")
 TEAMS = ("security", "finance", "logistics", *LINES)
 
 ORDER_PATTERN = "^[A-Z]-[0-9]{4}$"
-REFUND_LIMIT = 100
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,13 @@ class Facts:
         return self.line, self.category, self.plan or "basic", self.impact
 
 
-def record(facts: Facts) -> dict[str, str]:
+def record(facts: Facts) -> dict[str, str | int]:
     """The triage record of a ticket, by the house rules below; fields in the order in which they are written.
 
     1. `order` and `product` are copied to the letter.
     2. A customer who names no plan is on `basic`.
     3. `priority`: what stops everybody is urgent; else a premium customer is high; else some is normal and one is low.
-    4. `refund` is `none` where nobody asks for money back, `auto` up to the limit, `manager` above it.
+    4. `refund` is the amount of money asked back as a whole number, 0 where nobody asks for any.
     5. `team`: any sign of an intrusion goes to security, whatever else the ticket is about; then billing goes to finance,
        delivery to logistics, and everything else to the team of the product's line.
     """
@@ -55,7 +53,7 @@ def record(facts: Facts) -> dict[str, str]:
         "order": facts.order,
         "product": facts.product,
         "category": facts.category,
-        "refund": _refund(facts.refund),
+        "refund": facts.refund or 0,
         "plan": plan,
         "impact": facts.impact,
         "priority": _priority(plan, facts.impact),
@@ -67,12 +65,6 @@ def _priority(plan: str, impact: str) -> str:
     if impact != "all" and plan == "premium":
         return "high"
     return {"all": "urgent", "some": "normal", "one": "low"}[impact]
-
-
-def _refund(amount: int | None) -> str:
-    if amount is None:
-        return "none"
-    return "auto" if amount <= REFUND_LIMIT else "manager"
 
 
 def _team(facts: Facts) -> str:
@@ -87,7 +79,7 @@ def schema() -> dict[str, object]:
         "order": {"type": "string", "pattern": ORDER_PATTERN},
         "product": {"type": "string", "minLength": 1},
         "category": {"enum": list(CATEGORIES)},
-        "refund": {"enum": list(REFUNDS)},
+        "refund": {"type": "integer", "minimum": 0},
         "plan": {"enum": list(PLANS)},
         "impact": {"enum": list(IMPACTS)},
         "priority": {"enum": list(PRIORITIES)},

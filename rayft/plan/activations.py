@@ -3,11 +3,12 @@
 Bytes per token of a layer, with b bytes an element, hidden size h, query width q, key width k, feed-forward width f
 (of all experts a token passes through, e of them):
 
-    norms         the fp32 input that the family's norm keeps (4h), its normalised form where the norm is trained
-                  (b h, Gemma's in fp32), and the output that goes into a matrix product (b h, twice a layer)
+    norms         its input (b h where rayft fuses the norm, else 4h, and its normalised form where it is trained: b h,
+                  Gemma's in fp32), and the output that goes into a matrix product (b h, twice a layer)
     attention     b (2q + 2k) + 4 per head: queries, keys, values, output, the softmax's log-sum; rayft's attention
                   on CPU also keeps the probabilities of documents up to 256 tokens
-    feed-forward  b 4f: gate, its activation, up, their product (b 2f where it is not gated)
+    feed-forward  b 3f where rayft fuses it: gate, up, their product; else b 4f with the gate's activation, and b 2f
+                  where there is no gate
     experts       b 2 e h: every expert's input and output
 
 A LoRA on stacked experts keeps the update of every expert whole, as large as the experts themselves.
@@ -25,6 +26,8 @@ from rayft.spec import Job
 #: Longest document of which rayft's attention on CPU keeps the probabilities.
 KEPT_PROBABILITIES = 256
 
+#: Families whose norms and feed-forwards rayft replaces by fused equals that keep less.
+FUSED = frozenset({"llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe"})
 GEMMA = ("gemma", "gemma2", "gemma3_text")
 
 
@@ -56,7 +59,7 @@ def layer_bytes_per_token(architecture: Architecture, element: int, *, norms_tra
     attention = element * (2 * queries + 2 * keys) + 4 * heads
     if family == "gpt_neox":
         attention += element * (queries + keys)  # the values are a view that keeps the fused projection
-    feed_forward = element * (2 if family == "gpt_neox" else 4) * architecture.intermediate
+    feed_forward = element * _feed_forward_tensors(architecture) * architecture.intermediate
     experts = element * 2 * architecture.experts_per_token * hidden
     return norm * width + 2 * element * hidden + attention + feed_forward + experts
 
@@ -87,6 +90,13 @@ def _score_bytes(job: Job, element: int) -> int:
 
 def _norm_bytes(family: str, element: int, trained: bool) -> int:
     """Bytes that a norm keeps per element of its width, besides its output."""
-    if family == "gpt_neox":
+    if family in FUSED or family == "gpt_neox":
         return element
     return 4 + (0 if not trained else 4 if family in GEMMA else element)
+
+
+def _feed_forward_tensors(architecture: Architecture) -> int:
+    """How many tensors of the feed-forward's width are kept; experts are not fused."""
+    if architecture.family == "gpt_neox":
+        return 2
+    return 3 if architecture.family in FUSED and not architecture.experts_per_token else 4

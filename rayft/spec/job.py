@@ -323,7 +323,9 @@ class Eval(Group):
 
 
 class Log(Group):
-    every_steps: PositiveInt = 1
+    every_steps: PositiveInt = Field(
+        1, description="Steps between progress lines; the run log has every step."
+    )
     tensorboard: bool = False
     mlflow: str | None = Field(None, description="Tracking URI.")
     wandb: str | None = Field(None, description="Project.")

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -100,6 +101,7 @@ def prepare(
     job: Job, run_uri: str, cache_uri: str, owner: dict[str, Any], say: Callable[[str], None]
 ) -> Prepared:
     """Resolve the model, tokenise what the first steps need, and fix every decision of the run."""
+    job = with_absolute_paths(job)
     node_dir = node_cache_dir()
     files = resolve_model(job.model, node_dir)
     config = load_config(files, job.model)
@@ -129,6 +131,33 @@ def prepare(
     every = job.checkpoint.every_steps or max(1, min(500, total // 10))
     plan = RunPlan(job, run_uri, owner, stage, packed, spec, eval_spec, cache_uri, total, end, every)
     return Prepared(plan, files, shards, memory)
+
+
+def with_absolute_paths(job: Job) -> Job:
+    """The job with paths that exist here made absolute: workers run in folders of their own.
+
+    The run folder keeps the paths as they were written, so that a moved checkout still is the same job.
+    """
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path and Path(path).exists() else path
+
+    model = job.model.model_copy(
+        update={name: absolute(getattr(job.model, name)) for name in ("path", "tokenizer", "chat_template")}
+    )
+    data = job.data.model_copy(
+        update={
+            name: [s.model_copy(update={"path": absolute(s.path)}) for s in getattr(job.data, name)]
+            for name in ("train", "eval")
+        }
+    )
+    suites = [
+        s.model_copy(update={"path": absolute(s.path), "schema_path": absolute(s.schema_path)})
+        for s in job.eval.suites
+    ]
+    return job.model_copy(
+        update={"model": model, "data": data, "eval": job.eval.model_copy(update={"suites": suites})}
+    )
 
 
 def decide_packing(job: Job, config: Any) -> bool:

@@ -22,6 +22,7 @@ from rayft.report.lineage import write_lineage
 from rayft.report.log import read_log
 from rayft.report.page import write_page
 from rayft.report.progress import Progress
+from rayft.report.trackers import wanted_trackers
 from rayft.spec import Job, changed_keys, dump_job
 from rayft.storage import Store, open_store
 from rayft.train.cluster import connect, refuse_impossible, worker_resources
@@ -53,6 +54,7 @@ def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> 
     lease.start_heartbeat()
     recorder: Any = None
     try:
+        wanted_trackers(job)  # refuses what is not installed before anything starts
         store.put("job.yaml", dump_job(job).encode())
         connect(job.cluster)
         refuse_impossible(job.cluster)

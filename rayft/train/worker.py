@@ -217,8 +217,6 @@ class Worker:
 
     def _record(self, step_plan: StepPlan, result: StepResult, seconds: float) -> None:
         peaks = setup.gather(self.learner.peak_memory_gb())
-        if self.step % self.job.log.every_steps and self.step != self.plan.total_steps:
-            return
         row = {
             "kind": "step",
             "step": self.step,

@@ -126,7 +126,10 @@ CASES = [
     Case("bad json", 3, ("rows.jsonl line 2", "JSON"), rows=(GOOD, "{broken")),
     Case("unknown columns", 3, ("rows.jsonl line 1", "frage"), rows=({"frage": "a"},)),
     Case(
-        "ambiguous columns", 3, ("rows.jsonl line 1", "text"), rows=({"text": "a", "messages": GOOD["messages"]},)
+        "ambiguous columns",
+        3,
+        ("rows.jsonl line 1", "text"),
+        rows=({"text": "a", "messages": GOOD["messages"]},),
     ),
     Case("wrong column type", 3, ("rows.jsonl line 2", "messages"), rows=(GOOD, {"messages": "hello"})),
     Case(
@@ -152,7 +155,12 @@ CASES = [
         verb="check",
     ),
     # 4: resources
-    Case("too many workers", 4, ("asks for 64 workers", "the cluster holds 2", "CPU"), ("cluster.num_workers=64",)),
+    Case(
+        "too many workers",
+        4,
+        ("asks for 64 workers", "the cluster holds 2", "CPU"),
+        ("cluster.num_workers=64",),
+    ),
     Case("a GPU that is not there", 4, ("1 GPU",), ("cluster.gpus_per_worker=1", "cluster.gpu=H100-80GB")),
     # 5: storage
     Case("a file where runs go", 5, ("taken",), ("storage={folder}/taken",), prepare=_file_in_the_way),

@@ -39,7 +39,9 @@ def add_node(cluster: Any, number: int) -> Any:
 
 def test_a_node_goes_and_comes_back(cluster: Any, tmp_path: Path) -> None:
     """[1, 2] workers: 2, then 1, then 2 again; same samples, same global batch, same losses to 1e-4."""
-    folder = prepare_folder(tmp_path, hidden_size=192, intermediate_size=512, num_hidden_layers=4, head_dim=48)
+    folder = prepare_folder(
+        tmp_path, hidden_size=192, intermediate_size=512, num_hidden_layers=4, head_dim=48
+    )
     job = small_job(
         folder,
         name="elastic",
@@ -53,7 +55,9 @@ def test_a_node_goes_and_comes_back(cluster: Any, tmp_path: Path) -> None:
     def workers_of(event: str) -> list[int]:
         return [row["workers"] for row in events(store, event)]
 
-    with rayft("run", str(write_job(job, folder / "job.yaml")), log=tmp_path / "log", RAY_ADDRESS=cluster.address) as run:
+    with rayft(
+        "run", str(write_job(job, folder / "job.yaml")), log=tmp_path / "log", RAY_ADDRESS=cluster.address
+    ) as run:
         wait_until("step 8", step_reached(store, 8), run)
         assert workers_of("start") == [2]
         cluster.remove_node(cluster.nodes_for_work[1], allow_graceful=False)
@@ -63,7 +67,9 @@ def test_a_node_goes_and_comes_back(cluster: Any, tmp_path: Path) -> None:
         add_node(cluster, 4)
         wait_until("the run to grow again", lambda: workers_of("resume")[-1] == 2, run)
         assert run.wait(timeout_s=600) == 0, run.output()
-    whole = small_job(folder, **{**job.model_dump(mode="json"), "name": "whole", "cluster": {"num_workers": 1}})
+    whole = small_job(
+        folder, **{**job.model_dump(mode="json"), "name": "whole", "cluster": {"num_workers": 1}}
+    )
     with rayft("run", str(write_job(whole, folder / "whole.yaml")), log=tmp_path / "whole.log") as run:
         assert run.wait(timeout_s=600) == 0, run.output()
     expected, measured = losses(open_store(folder / "runs" / "whole")), losses(store)

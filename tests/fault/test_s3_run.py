@@ -30,7 +30,9 @@ def job_file(folder: Path, bucket: str, name: str, **checkpoint: object) -> Path
     return write_job(job, folder / f"{name}.yaml")
 
 
-def test_run_through_faults_and_a_kill_before_the_manifest(tmp_path: Path, s3_bucket: str, s3_proxy: FaultyProxy) -> None:
+def test_run_through_faults_and_a_kill_before_the_manifest(
+    tmp_path: Path, s3_bucket: str, s3_proxy: FaultyProxy
+) -> None:
     """Passing faults are retried; killed between fragments and manifest, the run goes on from the checkpoint before."""
     folder = prepare_folder(tmp_path)
     for kind in ("slow_down", "reset", "truncated_response"):
@@ -71,7 +73,9 @@ def test_full_storage_ends_the_run_with_5_and_keeps_the_checkpoint_before(
     assert (end["code"], end["terminal"]) == (5, False)
 
 
-def test_failed_checkpoint_does_not_end_a_run_that_goes_on(tmp_path: Path, s3_bucket: str, s3_proxy: FaultyProxy) -> None:
+def test_failed_checkpoint_does_not_end_a_run_that_goes_on(
+    tmp_path: Path, s3_bucket: str, s3_proxy: FaultyProxy
+) -> None:
     folder = prepare_folder(tmp_path)
     path = job_file(folder, s3_bucket, "goes-on", on_failure="continue", keep=4)
     store = open_store(f"s3://{s3_bucket}/runs/goes-on")

@@ -15,7 +15,9 @@ FILES = sorted((ROOT / "jobs").glob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_job_file_is_valid(path: Path) -> None:
     job = load_job(path)
-    local = [source.path for source in [*job.data.train, *job.data.eval] if source.path.startswith("jobs/triage")]
+    local = [
+        source.path for source in [*job.data.train, *job.data.eval] if source.path.startswith("jobs/triage")
+    ]
     assert all((ROOT / name).exists() for name in local)
 
 
@@ -26,8 +28,8 @@ def test_run_names_differ() -> None:
 
 def test_the_gpu_job_plans_within_its_gpus() -> None:
     """The multi-node job's memory plan fits the GPU it names, from a config alone."""
-    from rayft.plan.choose import choose, memory_limit
     from rayft.plan.architecture import read_architecture
+    from rayft.plan.choose import choose, memory_limit
 
     job = load_job(ROOT / "jobs" / "sft_hub_gpu.yaml")
     config = {

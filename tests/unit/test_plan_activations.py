@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rayft.plan.activations import activation_bytes, layer_bytes_per_token, logits_bytes
+from rayft.plan.activations import FUSED, activation_bytes, layer_bytes_per_token, logits_bytes
 from rayft.plan.architecture import FAMILY_DEFAULTS, Architecture, read_architecture
 from rayft.plan.trainable import adapted_stacks
 from rayft.spec import Adapter, Job, parse_job
@@ -34,6 +34,8 @@ def kept_bytes(family: str, layers: int, dtype: Any, adapted: bool) -> int:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rayft.model.fused import install_fused
+
     torch.set_num_threads(1)
     config = AutoConfig.for_model(family, num_hidden_layers=layers, **{**SIZES, **MORE.get(family, {})})
     config._attn_implementation = "sdpa"
@@ -42,6 +44,7 @@ def kept_bytes(family: str, layers: int, dtype: Any, adapted: bool) -> int:
         model = get_peft_model(
             model, LoraConfig(r=1, target_modules="all-linear"), autocast_adapter_dtype=False
         )
+    install_fused(model)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Any] = {}
 
@@ -55,6 +58,12 @@ def kept_bytes(family: str, layers: int, dtype: Any, adapted: bool) -> int:
         outputs = model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False, logits_to_keep=1)
     assert outputs.logits.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_families_taken_as_fused_are_those_that_are() -> None:
+    from rayft.model.fused import PROVEN
+
+    assert FUSED == PROVEN
 
 
 def stacked_parameters(architecture: Architecture) -> int:

@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from rayft.errors import JobError
-from rayft.plan.choose import FILL, Choice, choose, choose_stage, fits, memory_limit, suggest
+from rayft.plan.choose import FILL, Choice, choose, choose_stage, memory_limit, suggest
 from rayft.plan.gpus import GPUS, find_gpu
+from rayft.plan.memory import STAGES
 from rayft.plan.render import compare, flops_per_token, render
 from rayft.spec import load_job, parse_job
 from tests.unit.test_plan_memory import CONFIG, MODEL, job
@@ -24,18 +25,15 @@ def chosen(limit_gib: float, workers: Any = 8, **groups: Any) -> Choice:
     return choose(job(workers, **groups), MODEL, int(limit_gib * GIB))
 
 
-def test_the_lowest_stage_that_fits() -> None:
-    assert chosen(200).stage == 0
-    assert "splitting more costs speed" in chosen(200).reason
-    assert chosen(100).stage == 1
-    assert chosen(79).stage == 2
-    assert "stage 1 would need" in chosen(79).reason
-    assert chosen(42).stage == 3
-    for limit in (200, 100, 79, 42):
-        choice = chosen(limit)
-        assert choice.fits
-        assert choice.plan.device <= FILL * limit * GIB
-        assert all(not fits(choice.plans[lower], choice.limit or 0) for lower in range(choice.stage))
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_lowest_stage_that_fits(stage: int) -> None:
+    plans = chosen(1000).plans
+    limit = int(plans[stage].device / FILL) + 1
+    choice = choose(job(8), MODEL, limit)
+    assert choice.fits
+    assert choice.stage == stage
+    assert ("splitting more costs speed" if stage == 0 else f"stage {stage - 1} would need") in choice.reason
+    assert choose(job(8), MODEL, limit - 2).stage != stage or not choose(job(8), MODEL, limit - 2).fits
 
 
 def test_adapters_are_not_split() -> None:
@@ -99,9 +97,11 @@ def test_nothing_is_suggested_where_it_fits_or_nothing_helps() -> None:
 
 def test_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    assert choose_stage(job(8), tmp_path, gpu="NVIDIA H100 80GB HBM3").stage == 2
-    named = job(cluster={"num_workers": 8, "gpus_per_worker": 1, "gpu": "H200"})
-    assert choose_stage(named, tmp_path, gpu="H100-80GB").stage == 1  # the job's word counts
+    small, large = (choose(job(8), MODEL, find_gpu(name).memory).stage for name in ("A100-80GB", "B200"))
+    assert small != large
+    assert choose_stage(job(8), tmp_path, gpu="NVIDIA A100-SXM4-80GB").stage == small
+    named = job(cluster={"num_workers": 8, "gpus_per_worker": 1, "gpu": "B200"})
+    assert choose_stage(named, tmp_path, gpu="A100-80GB").stage == large  # the job's word counts
     with pytest.raises(JobError, match="needs to know the GPU"):
         choose_stage(job(8), tmp_path)
     with pytest.raises(JobError, match=r"config\.json cannot be read"):
