@@ -56,24 +56,15 @@ def expand(pattern: str, rng: random.Random) -> str:
     return " ".join(pattern.split())
 
 
-def coined(rng: random.Random) -> str:
-    """A made-up brand name of two or three syllables: copying it cannot be learned by heart."""
-    name = "".join(
-        rng.choice("bcdfghjklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice([2, 2, 3]))
-    )
-    return (name + rng.choice(["", "n", "x", "l", "ra", "s", "co", "m"])).capitalize()
-
-
 def draw_facts(bank: Bank, combination: Combination, rng: random.Random) -> Facts:
     """A random ticket's facts for a given combination."""
     line, category, plan, impact = combination
-    brand = rng.choice(bank.brands) if rng.random() < 0.4 else coined(rng)
-    name = [brand, rng.choice(bank.devices[line])]
+    name = [rng.choice(bank.brands), rng.choice(bank.devices[line])]
     if rng.random() < 0.25:
         name.insert(1, rng.choice(bank.models))
     refund = None
-    if rng.random() < (0.5 if category in ("billing", "delivery", "defect") else 0.2):
-        refund = rng.randint(10, 99) if rng.random() < 0.5 else rng.randint(101, 999)
+    if rng.random() < (0.6 if category in ("billing", "delivery", "defect") else 0.3):
+        refund = rng.randint(*rng.choice([(12, 99), (100, 1999)]))
     return Facts(
         order=_id(rng),
         product=" ".join(name),
@@ -82,7 +73,7 @@ def draw_facts(bank: Bank, combination: Combination, rng: random.Random) -> Fact
         plan=None if plan == "basic" and rng.random() < 0.4 else plan,
         impact=impact,
         refund=refund,
-        security=rng.random() < 0.2,
+        security=rng.random() < 0.25,
     )
 
 

@@ -9,14 +9,15 @@ from jobs.triage.bank import Bank, words
 
 TEST = Bank(
     brands=words("""
-        Osprey Basalt Comet Drift Everest Fable Garnet Heron Iris Jade Kodiak Larch Mistral Nickel Oasis Pebble
-        Quasar Rowan Saffron Tempo Ursa Vesper Walden Yarrow Zircon Bamboo Copper Diamond Fox Lantern Meadow Storm
+        Alpha Blue Branch Brown Cell Chain Clear Climate Discovery Earth Engine Factor Forward Gate Golden
+        Grid Java Land Lincoln Lord Nature Oxford Prime Purpose Rain Ring Sand Scott Shell Silver Smart
+        Smith Solar Stack Star Summer Taylor Victor Wood Youth
     """),
     models=["Max", "Lite", "Go", "Z3", "T8", "450", "B20", "Ultra", "QX"],
     devices={
         "network": ["router", "switch", "firewall", "modem", "network hub", "Wi-Fi mesh"],
         "print": ["printer", "scanner", "copier", "plotter", "ink printer", "receipt printer"],
-        "video": ["camera", "projector", "monitor", "webcam", "security camera", "LED display"],
+        "video": ["camera", "projector", "monitor", "webcam", "dome camera", "LED display"],
     },
     problems={
         "billing": [
@@ -106,7 +107,7 @@ TEST = Bank(
             "I am the single one who suffers",
         ],
         "some": [
-            "the [warehouse|logistics|legal|research] crew is idle",
+            "the [warehouse|legal|research|field] crew is idle",
             "eight people in my group are unable to continue",
             "a couple of teammates see it too",
             "part of the office is held up",

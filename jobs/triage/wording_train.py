@@ -12,15 +12,19 @@ _STOP = "[are stuck|are blocked|are affected|are hit|are waiting|are losing time
 
 TRAIN = Bank(
     brands=words("""
-        Kestrel Lumen Atlas Nimbus Quartz Falcon Pioneer Zephyr Orbit Delta Cobalt Ember Harbor Indigo Juniper
-        Lynx Meridian Nova Onyx Polaris Raven Sable Tundra Umbra Vertex Willow Xenon Yukon Zenith Arbor Birch
-        Cinder Dune Echo Fjord Glacier Halo Ivory Jasper Keystone Lotus Maple Nectar Opal Prism Quill Ridge
-        Summit Topaz Aspen Badger Cedar Dolphin Eagle Fern Gecko Hawk Ibex Jaguar Koala Lagoon Magnet Needle
-        Orchid Panther Rocket Silver Tiger Ulmus Velvet Walnut Amber Beacon Canyon Dagger Everglade Flint Granite
-        Horizon Island Journey Kernel Ladder Marble Northstar Ocean Phoenix Quest River Sparrow Thunder Unity
-        Violet Winter Apollo Boreas Cyclone Dynamo Eclipse Forge Gemini Hermes Icarus Jupiter Kronos Luna Mercury
-        Neptune Orion Pluto Regal Saturn Titan Uranus Venus Wizard Anchor Bridge Castle Dover Empire Forest
-        Garden Hamlet Iron Kingfisher Lion Monarch Noble Otter Pearl Quiver Rubin Sierra Tower Valley Wolf
+        Angle Arch Atlantic Axis Balance Ball Band Barn Bell Bird Black Boston Cambridge Carbon Center
+        Central Channel Chapter Chicago City Clark Cloud Cluster Collins Core Corn Cross Curve Dark Darwin
+        Delta Doctor Double Dutch Dynamic Easy Edge Egypt Element Energy Family Field Fire Flag Flash Flex
+        Focus Force Forest Frame Freedom Future Genesis Global Gold Grand Graph Green Habitat Hall Happy
+        Heart Heat Hill Honey Hope House Hyper Icon Image Iron Jack Jackson James Journal June King Lake
+        Leaf Lesson Light Lily Link London Louis Magic Marine Mars Marsh Martin Matrix Maya Meta Micro
+        Middle Mind Mission Mode Moon Motor Mount Native Newton Nick Night Noise North Northern Nuclear
+        Object Ocean Omega Organic Pacific Parallel Paris Park Peace Peak Pear Peer Penn Phase Plant Point
+        Pool Port Power Prince Profile Python Quality Quantum Queen Quest Quick Radio Range Rapid River
+        Road Rock Roman Rome Rose Round Royal Safe Saint Salt Saxon Season Seed Shift Sigma Signal Simple
+        Snow Solid Sound South Space Spain Speed Spin Spirit Spring Stone Stream Strong Style Sugar Super
+        Target Tensor Texas Track Trade Tree Trust Tube Union Urban Vector Virgin Virtual Vision Wave
+        Weather West Western White Wild Wilson Wind Window Winter World Yellow Young Zero Zone
     """),
     models=["Pro", "Mini", "Air", "X2", "S4", "300", "A10", "Plus", "GT", "M5", "700", "Neo"],
     devices={

@@ -10,6 +10,7 @@ Shapes: B rows, T tokens of a row, H query heads, K key-value heads, D head size
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
 from typing import Any
 
@@ -133,9 +134,15 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     cu, longest = documents.cu_seqlens, documents.max_length
+    grouped: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped["enable_gqa"] = True
+        else:  # torch 2.11
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     left = -1 if window is None else window - 1
     out = varlen_attn(
-        query, key, value, cu, cu, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True
+        query, key, value, cu, cu, longest, longest, scale=scale, window_size=(left, 0), **grouped
     )
     assert isinstance(out, torch.Tensor), "the log-sum-exp was not asked for"
     return out

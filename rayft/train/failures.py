@@ -58,7 +58,7 @@ def as_rayft_error(error: BaseException, max_failures: int) -> RayftError:
         )
     if "OutOfMemory" in text or "out of memory" in text or "memory monitor" in text:
         return MemoryExceededError(
-            f"A worker ran out of memory: {_last_line(text)}.",
+            f"A worker ran out of memory: {_memory_line(text)}.",
             "Lower train.micro_batch_size or data.max_length, raise zero.stage, or set train.gradient_checkpointing.",
         )
     return WorkerError(
@@ -117,6 +117,12 @@ def _causes(error: BaseException) -> Any:
         todo += list(failures.values()) if isinstance(failures, dict) else []
         for name in ("_base_exc", "cause", "controller_failure", "health_check_failure", "__cause__"):
             todo.append(getattr(current, name, None))
+
+
+def _memory_line(text: str) -> str:
+    """The line that says how much memory there was; Ray adds a page of advice after it."""
+    lines = [line.strip() for line in text.splitlines() if "memory" in line.lower()]
+    return next((line for line in lines if "GB" in line), lines[0] if lines else "no reason given").rstrip(".")
 
 
 def _last_line(text: str) -> str:

@@ -146,7 +146,13 @@ def test_second_start_of_a_living_run_is_refused(runs: Runs) -> None:
             assert "is being written by" in second.output()
 
 
-@pytest.mark.parametrize("overrides", [("cluster.num_workers=1", "zero.stage=0"), ("zero.stage=3",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("cluster.num_workers=1", "zero.stage=0"),
+        pytest.param(("zero.stage=3",), marks=pytest.mark.full),
+    ],
+)
 def test_other_ranks_and_stage_continue_the_curve(runs: Runs, overrides: tuple[str, ...]) -> None:
     """Asked to stop (code 8) on 2 ranks with ZeRO-2, resumed otherwise: the losses go on as if nothing had been."""
     name = f"moved-{len(overrides)}"

@@ -73,6 +73,7 @@ def test_full_storage_ends_the_run_with_5_and_keeps_the_checkpoint_before(
     assert (end["code"], end["terminal"]) == (5, False)
 
 
+@pytest.mark.full
 def test_failed_checkpoint_does_not_end_a_run_that_goes_on(
     tmp_path: Path, s3_bucket: str, s3_proxy: FaultyProxy
 ) -> None:
