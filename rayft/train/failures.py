@@ -122,7 +122,9 @@ def _causes(error: BaseException) -> Any:
 def _memory_line(text: str) -> str:
     """The line that says how much memory there was; Ray adds a page of advice after it."""
     lines = [line.strip() for line in text.splitlines() if "memory" in line.lower()]
-    return next((line for line in lines if "GB" in line), lines[0] if lines else "no reason given").rstrip(".")
+    return next((line for line in lines if "GB" in line), lines[0] if lines else "no reason given").rstrip(
+        "."
+    )
 
 
 def _last_line(text: str) -> str:

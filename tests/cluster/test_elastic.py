@@ -15,7 +15,7 @@ from rayft.storage import open_store
 from tests.cluster.steps import prepare_folder, small_job
 from tests.runs import events, losses, rayft, step_reached, wait_until, write_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.full, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = 400
 

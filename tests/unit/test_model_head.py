@@ -81,6 +81,21 @@ def test_bf16_loss_is_fp32_over_bf16_logits() -> None:
     assert torch.allclose(loss, -expected(head, hidden, targets).sum(), rtol=1e-6)
 
 
+def test_many_chunks_are_as_exact_as_one_in_bf16() -> None:
+    """The weight's gradient is summed over chunks in fp32, so its error does not grow with their number."""
+    hidden, targets = torch.randn(512, H, dtype=torch.bfloat16), torch.randint(0, V, (512,))
+
+    def error(chunk: int) -> float:
+        head = head_of(chunk, dtype=torch.bfloat16)
+        exact = head.weight.detach().double().requires_grad_()
+        loss = nn.functional.cross_entropy(hidden.double() @ exact.t(), targets, reduction="sum")
+        (wanted,) = torch.autograd.grad(loss, [exact])
+        (grad,) = torch.autograd.grad(head(hidden, targets), [head.weight])
+        return float((grad - wanted).norm() / wanted.norm())
+
+    assert error(4) <= 1.5 * error(512)
+
+
 def test_without_targets_it_is_the_plain_layer() -> None:
     head = head_of(4)
     hidden = torch.randn(2, N, H)
