@@ -139,7 +139,6 @@ def test_stopped_driver_is_replaced_and_writes_no_more(runs: Runs) -> None:
     assert losses(store) == losses(open_store(runs.whole))
 
 
-@pytest.mark.full
 def test_second_start_of_a_living_run_is_refused(runs: Runs) -> None:
     store = open_store(runs.uri("busy"))
     long = "train.max_steps=100000"
@@ -153,7 +152,7 @@ def test_second_start_of_a_living_run_is_refused(runs: Runs) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param(("cluster.num_workers=1", "zero.stage=0"), marks=pytest.mark.full),
+        ("cluster.num_workers=1", "zero.stage=0"),
         pytest.param(("zero.stage=3",), marks=pytest.mark.full),
     ],
 )
