@@ -30,6 +30,7 @@ from rayft.train.failures import Budget, as_rayft_error, changed_job
 from rayft.train.finish import finish, job_of_run, show_result
 from rayft.train.prepare import Prepared, prepare
 from rayft.train.recorder import start_recorder
+from rayft.train.setup import worker_environment
 from rayft.train.watch import Watch
 from rayft.train.worker import run_worker
 
@@ -133,14 +134,6 @@ def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
     cluster = plan.job.cluster
     scratch = Path(tempfile.gettempdir()) / f"rayft-{os.getuid()}" / f"{plan.job.name}-{plan.owner['id'][:8]}"
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
-    environment = {
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(cluster.threads),
-        # A group that lost a rank is torn down by Ray; its collectives need not be waited for any longer.
-        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
-    }
-    if not cluster.gpus_per_worker:
-        environment |= {"DS_ACCELERATOR": "cpu"}
     return TorchTrainer(
         run_worker,
         train_loop_config={"plan": plan, "recorder": recorder},
@@ -158,7 +151,7 @@ def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
             name=plan.job.name,
             storage_path=str(scratch),
             failure_config=Budget(recorder, cluster.max_failures),
-            worker_runtime_env={"env_vars": environment},
+            worker_runtime_env={"env_vars": worker_environment(plan.job)},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )

@@ -51,6 +51,29 @@ def node_cache_dir() -> Path:
     return Path(os.environ.get("RAYFT_CACHE", "~/.cache/rayft")).expanduser()
 
 
+def worker_environment(job: Job) -> dict[str, str]:
+    """Environment variables that a rank's process starts with.
+
+    On a CPU, glibc is told to keep what was freed. Buckets, gradients and activations otherwise get new mappings at
+    every step, and the kernel clears each page again: 1.9 GB a step for 135M parameters under ZeRO-2. One arena, since
+    Ray Train trains in a thread, and only the main arena can hold large blocks. The peak grows by about a tenth.
+    """
+    environment = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(job.cluster.threads),
+        # A group that lost a rank is torn down by Ray; its collectives need not be waited for any longer.
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    }
+    if job.cluster.gpus_per_worker == 0:
+        environment |= {
+            "DS_ACCELERATOR": "cpu",
+            "MALLOC_ARENA_MAX": "1",
+            "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+            "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+        }
+    return environment
+
+
 def use_threads(job: Job) -> None:
     """Fix the thread count, on which sums and so results depend; Ray sets it from the CPUs a worker asked for."""
     torch.set_num_threads(job.cluster.threads)

@@ -152,18 +152,67 @@ def state_of(learner: Learner) -> dict[tuple[str, str], np.ndarray]:
     return state
 
 
-def reference_losses(plan: RunPlan, folder: Path, count: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """A plain PyTorch loop over the same rows, one padded-free document at a time; also the first step's gradients."""
+class Fragments:
+    """A reader over gathered state."""
+
+    def __init__(self, state: dict[tuple[str, str], np.ndarray]) -> None:
+        self.state = state
+
+    def read(self, name: str, kind: str, offset: int, length: int) -> np.ndarray:
+        """What `CheckpointReader.read` gives."""
+        return self.state[name, kind][offset : offset + length].copy()
+
+
+def with_filled_adapters(state: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
+    """The state with every lora_B filled: with zeros, as an adapter begins, lora_A would get no gradient."""
+    generator = np.random.default_rng(0)
+    for name, kind in sorted(state):
+        if kind == "param" and "lora_B" in name:
+            state[name, kind][:] = 0.1 * generator.standard_normal(state[name, kind].shape)
+    return state
+
+
+def first_gradients(
+    plan: RunPlan, folder: Path, start: dict[tuple[str, str], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Gradients (flat) of the first step from a state, read from Adam's first moment after it: (1 - beta1) g.
+
+    The plan's job must not clip.
+    """
+    assert plan.job.train.max_grad_norm == 0
+    learner = learner_of(plan, folder)
+    learner.load(Fragments(start), 0)  # type: ignore[arg-type]
+    train_steps(learner, plan, folder, 1)
+    state = state_of(learner)
+    learner.close()
+    decay = plan.job.train.adam_beta1
+    return {name: data / (1 - decay) for (name, kind), data in state.items() if kind == "exp_avg"}
+
+
+def reference_losses(
+    plan: RunPlan, folder: Path, count: int, start: dict[str, np.ndarray] | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """A plain PyTorch loop over the same rows, one padded-free document at a time; also the first step's gradients.
+
+    start: values (flat) of the trained parameters by name; without it the model's own. The gradients are not clipped.
+    """
     from transformers import AutoModelForCausalLM
 
     from rayft.learner.schedule import learning_rate
+    from rayft.model.adapters import add_adapter
 
     train = plan.job.train
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder / "model", dtype=torch.float32, attn_implementation="eager"
     ).train()
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    model = add_adapter(model, plan.job.adapter, plan.job.seed, zero_stage=0).train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if start is not None:
+        assert trained.keys() == start.keys()
+        for name, parameter in trained.items():
+            parameter.data.copy_(torch.from_numpy(start[name]).view_as(parameter))
+    matrices = [p for p in trained.values() if p.ndim >= 2]
+    vectors = [p for p in trained.values() if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": train.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -186,7 +235,7 @@ def reference_losses(plan: RunPlan, folder: Path, count: int) -> tuple[list[floa
         loss = total / step.trained_tokens
         loss.backward()
         if number == 0:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            gradients = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm or float("inf"))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(train, number, plan.total_steps)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from tests.cluster.steps import (
+    Fragments,
+    first_gradients,
     learner_of,
     plan_of,
     prepare_folder,
@@ -22,11 +24,13 @@ from tests.cluster.steps import (
     small_job,
     state_of,
     train_steps,
+    with_filled_adapters,
 )
 from tests.ranks import run_ranks
 
 STEPS = 20
 STAGES = (0, 1, 2, 3)
+ADAPTER = {"type": "lora", "lora_r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
 @pytest.fixture(scope="module")
@@ -64,37 +68,31 @@ def test_same_losses_however_the_step_is_split(folder: Path, world_size: int) ->
             np.testing.assert_allclose(measured, expected, rtol=1e-5, err_msg=str(cell))
 
 
-def _first_gradients(folder: Path) -> dict[str, np.ndarray]:
-    """Gradients of step 0, from Adam's first moment after it: exp_avg = (1 - beta1) g without clipping."""
-    job = small_job(folder, train={"max_grad_norm": 0.0})
-    plan = plan_of(job, folder, stage=2, packed=True)
+def _from_start(folder: Path, adapter: dict[str, Any]) -> tuple[dict[str, np.ndarray], Any, Any]:
+    """The trained parameters before the first step, its gradients, and the losses of all steps."""
+    plan = plan_of(small_job(folder, adapter=adapter), folder, stage=2, packed=True)
     learner = learner_of(plan, folder)
-    train_steps(learner, plan, folder, 1)
-    state = state_of(learner)
+    start = with_filled_adapters(state_of(learner))
+    learner.load(Fragments(start), 0)  # type: ignore[arg-type]
+    losses = [loss for loss, _ in train_steps(learner, plan, folder, STEPS)[0]]
     learner.close()
-    return {
-        name: data / (1 - job.train.adam_beta1) for (name, kind), data in state.items() if kind == "exp_avg"
-    }
+    job = small_job(folder, adapter=adapter, train={"max_grad_norm": 0.0})
+    gradients = first_gradients(plan_of(job, folder, stage=2, packed=True), folder, start)
+    return {name: data for (name, kind), data in start.items() if kind == "param"}, gradients, losses
 
 
-def test_gradients_equal_those_of_a_plain_loop(folder: Path) -> None:
-    plan = plan_of(small_job(folder), folder, stage=0, packed=True)
-    _, expected = reference_losses(plan, folder, 1)
-    measured = run_ranks(_first_gradients, 2, folder)[0]
-    assert measured.keys() == expected.keys()
+@pytest.mark.parametrize("adapter", [{}, ADAPTER], ids=["full", "lora"])
+def test_losses_and_gradients_of_a_plain_loop(folder: Path, adapter: dict[str, Any]) -> None:
+    """Gradients of every parameter by norm of the difference over norm to 1e-6, losses to 1e-5 over 20 steps."""
+    plan = plan_of(small_job(folder, adapter=adapter), folder, stage=0, packed=True)
+    start, gradients, losses = run_ranks(_from_start, 2, folder, adapter)[0]
+    expected_losses, expected = reference_losses(plan, folder, STEPS, start)
+    assert losses[0] == pytest.approx(expected_losses[0], rel=1e-6)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        difference = torch.from_numpy(measured[name]).view_as(gradient) - gradient
-        assert difference.norm() <= 1e-5 * gradient.norm(), name
-
-
-class _Fragments:
-    """A reader over gathered state."""
-
-    def __init__(self, state: dict[tuple[str, str], np.ndarray]) -> None:
-        self.state = state
-
-    def read(self, name: str, kind: str, offset: int, length: int) -> np.ndarray:
-        return self.state[name, kind][offset : offset + length].copy()
+        difference = torch.from_numpy(gradients[name]).view_as(gradient) - gradient
+        assert difference.norm() <= 1e-6 * gradient.norm(), name
 
 
 def _resume(folder: Path, precision: str) -> dict[str, Any]:
@@ -113,7 +111,7 @@ def _resume(folder: Path, precision: str) -> dict[str, Any]:
         common = common or (saved, updates)
         for name, (state, count) in {"own": (saved, updates), "stage 2": common}.items():
             learner = learner_of(plan, folder)
-            learner.load(_Fragments(state), count)  # type: ignore[arg-type]
+            learner.load(Fragments(state), count)  # type: ignore[arg-type]
             resumed, _ = train_steps(learner, plan, folder, 3, first=3, start=position)
             again = state_of(learner)
             learner.close()

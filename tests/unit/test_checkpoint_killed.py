@@ -56,7 +56,8 @@ def stop():
     global stop_before
     stop_before = ""
     print("stopping", flush=True)
-    os.kill(os.getpid(), signal.SIGSTOP)
+    # To this very thread: a signal to the process may be taken by another one, and this one goes on for a while.
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 store = Stopping(path)
