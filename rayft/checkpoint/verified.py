@@ -44,7 +44,7 @@ class VerifiedFiles:
     def __init__(self, store: Store, manifest: Manifest, cache_dir: Path | None = None) -> None:
         self._store, self._manifest, self._cache_dir = store, manifest, cache_dir
         self._sizes = {file.name: file.size for file in manifest.files}
-        self._maps: dict[str, np.ndarray] = {}
+        self._maps: dict[str, mmap.mmap] = {}
         self._lock = threading.Lock()
 
     def read(
@@ -58,6 +58,7 @@ class VerifiedFiles:
             first = window[0].start - piece.byte_offset  # where the window begins in the fragment
             low, high = max(start, first), min(stop, first + data.size)
             out[low - start : high - start] = data[low - first : high - first]
+            self._release(window)
 
     def verify(self) -> None:
         """Verify every checksum, in parallel. Raises `CorruptCheckpoint` for the first damage found."""
@@ -69,11 +70,19 @@ class VerifiedFiles:
         ]
         with ThreadPoolExecutor(_VERIFY_THREADS, "rayft-verify") as pool:
             try:
-                for _ in pool.map(self._verified, _spans(chunks)):
+                for _ in pool.map(self._verify_span, _spans(chunks)):
                     pass
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def _verify_span(self, chunks: list[_Chunk]) -> None:
+        if self._mapped(chunks[0].file) is None:
+            self._verified(chunks)
+            return
+        for chunk in chunks:
+            self._verified([chunk])
+            self._release([chunk])
 
     def _verified(self, chunks: list[_Chunk]) -> np.ndarray:
         """The bytes from the first chunk to the last, all close together in one file, once the checksums agree."""
@@ -92,12 +101,19 @@ class VerifiedFiles:
     def _bytes(self, file: str, start: int, length: int) -> np.ndarray:
         mapped = self._mapped(file)
         if mapped is not None:
-            return mapped[start : start + length]
+            return np.frombuffer(mapped, np.uint8, length, start)
         out = np.empty(length, np.uint8)
         self._store.read_into(self._key(file), start, out.data)
         return out
 
-    def _mapped(self, file: str) -> np.ndarray | None:
+    def _release(self, chunks: list[_Chunk]) -> None:
+        """Give the pages of a mapped file back: they stay in the page cache, but count for this process no longer."""
+        mapped = self._mapped(chunks[0].file)
+        if mapped is not None and hasattr(mapped, "madvise"):
+            start = chunks[0].start - chunks[0].start % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, start, chunks[-1].start + chunks[-1].length - start)
+
+    def _mapped(self, file: str) -> mmap.mmap | None:
         with self._lock:
             if file not in self._maps:
                 path = self._path(file)
@@ -111,7 +127,7 @@ class VerifiedFiles:
             return node_cache(self._store, self._key(file), self._cache_dir)
         return self._store.local_path(self._key(file))
 
-    def _map(self, file: str, path: Path) -> np.ndarray:
+    def _map(self, file: str, path: Path) -> mmap.mmap:
         # The size is checked first: touching a mapping behind the end of its file kills the process.
         try:
             size = path.stat().st_size
@@ -122,7 +138,7 @@ class VerifiedFiles:
                 f"step-{self._manifest.step} is corrupt: {path} has {size} bytes instead of {self._sizes[file]}."
             )
         with path.open("rb") as handle:
-            return np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _key(self, file: str) -> str:
         return f"{layout.folder(self._manifest.step)}/{file}"

@@ -16,8 +16,8 @@ from rayft.evals.multiple_choice import MultipleChoice
 from rayft.evals.qa import QuestionAnswering
 from rayft.evals.suite import Record, SuiteType
 from rayft.generate.engine import Engine
-from rayft.generate.load import default_cache_dir
 from rayft.spec import Suite
+from rayft.storage import node_cache_dir
 
 TYPES: dict[str, type[SuiteType]] = {
     "bits_per_byte": BitsPerByte,
@@ -51,7 +51,7 @@ def run_suites(
     On several ranks all must call it with the same suites; rank r measures rows r, r + world_size, …, and `gather`
     brings the records together. cache_dir: where S3 files are kept on this node. Raises DataError for bad rows before anything is measured.
     """
-    cache_dir = cache_dir or default_cache_dir() / "data"
+    cache_dir = cache_dir or node_cache_dir() / "data"
     measured = {suite.name: TYPES[suite.type](suite, engine, tokenizer, cache_dir) for suite in suites}
     results: dict[str, dict[str, float]] = {}
     for name, suite in measured.items():

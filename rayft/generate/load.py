@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -14,12 +13,7 @@ from rayft.errors import JobError
 from rayft.model import load_tokenizer, resolve_model
 from rayft.model.load import build_model
 from rayft.spec import Model
-from rayft.storage import node_cache, open_store
-
-
-def default_cache_dir() -> Path:
-    """Folder for what every process of this node shares."""
-    return Path(os.environ.get("RAYFT_CACHE", "~/.cache/rayft")).expanduser()
+from rayft.storage import node_cache, node_cache_dir, open_store
 
 
 def load_model(
@@ -30,7 +24,7 @@ def load_model(
     path: as `Model.path`, or a PEFT adapter folder or a run that left one, whose base model is then loaded too.
     dtype: default bf16 where the hardware computes in it, else fp32. Raises JobError.
     """
-    cache_dir = cache_dir or default_cache_dir()
+    cache_dir = cache_dir or node_cache_dir()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if _computes_bf16(device) else torch.float32)
     adapter = adapter_folder(path, cache_dir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rayft.errors import JobError
+from rayft.plan.memory import bucket_defaults
 from rayft.spec import Job
 
 #: What rayft decides; a `deepspeed:` option that sets it otherwise is refused with the key to use instead.
@@ -34,15 +35,19 @@ def deepspeed_config(job: Job, stage: int) -> dict[str, Any]:
     refuse_contradictions(job)
     train = job.train
     zero: dict[str, Any] = {"stage": stage}
+    buckets = bucket_defaults(job)
     if stage > 0:
         zero |= {
             "contiguous_gradients": True,
             "overlap_comm": False,
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
+            "reduce_bucket_size": buckets["reduce_bucket_size"],
+            "allgather_bucket_size": buckets["allgather_bucket_size"],
         }
     if stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": 20_000_000, "stage3_param_persistence_threshold": 10_000}
+        zero |= {
+            "stage3_prefetch_bucket_size": buckets["stage3_prefetch_bucket_size"],
+            "stage3_param_persistence_threshold": 10_000,
+        }
     if job.zero.offload_optimizer:
         if stage == 0:
             raise JobError("zero.offload_optimizer needs zero.stage 1, 2 or 3.", "Set zero.stage to 2.")

@@ -20,9 +20,6 @@ from rayft.spec import Job
 
 STAGES = (0, 1, 2, 3)
 
-#: What DeepSpeed is configured with unless `deepspeed.zero_optimization` says otherwise, in elements.
-BUCKET_DEFAULTS = {"reduce_bucket_size": 50_000_000, "stage3_prefetch_bucket_size": 20_000_000}
-
 #: Python, torch, Ray and their libraries in a process (measured: 0.64 GB); on a GPU its context, cuBLAS workspaces and NCCL's buffers.
 OVERHEAD_CPU = 650_000_000
 OVERHEAD_GPU = 1_800_000_000
@@ -105,12 +102,25 @@ def _partitions(stage: int, ranks: int) -> dict[str, int]:
     }
 
 
+def bucket_defaults(job: Job) -> dict[str, int]:
+    """Sizes that DeepSpeed is configured with unless `deepspeed.zero_optimization` says otherwise, in elements.
+
+    On a CPU a bucket is memory that other tensors of the step could use, and gloo gains nothing from size.
+    """
+    reduce = 50_000_000 if job.cluster.gpus_per_worker else 8_000_000
+    return {
+        "reduce_bucket_size": reduce,
+        "allgather_bucket_size": reduce,
+        "stage3_prefetch_bucket_size": 20_000_000,
+    }
+
+
 def _buckets(job: Job, architecture: Architecture, stage: int, trained: int, working: int) -> int:
     """Memory that communication holds: gradients in flight, and under ZeRO-3 the layers gathered ahead."""
     if stage < 2:
         largest = max(math.prod(shape) for shape in architecture.parameters.values())
         return min(largest, trained) * working  # the one gradient between autograd and the flat buffer
-    sizes = {**BUCKET_DEFAULTS, **_numbers(job.deepspeed.get("zero_optimization"))}
+    sizes = {**bucket_defaults(job), **_numbers(job.deepspeed.get("zero_optimization"))}
     # the bucket in the gradient's own dtype, and the fp32 copy that is reduced
     in_flight = min(sizes["reduce_bucket_size"], trained) * (working + 4)
     if stage == 2:

@@ -13,7 +13,7 @@ store promises:
 - Prefixes are folders: `list("step-4")` never returns `step-40/…`.
 """
 
-from rayft.storage.cache import node_cache
+from rayft.storage.cache import node_cache, node_cache_dir
 from rayft.storage.local import LocalStore
 from rayft.storage.retry import RetryPolicy
 from rayft.storage.store import DamagedObject, Data, Entry, ObjectNotFound, Store, open_store
@@ -27,5 +27,6 @@ __all__ = [
     "RetryPolicy",
     "Store",
     "node_cache",
+    "node_cache_dir",
     "open_store",
 ]

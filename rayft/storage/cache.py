@@ -18,6 +18,11 @@ LOCK_TIMEOUT_S = 3600.0  # another process on this node may be downloading tens 
 _POLL_S = 0.2
 
 
+def node_cache_dir() -> Path:
+    """Folder for what every process of this node shares: converted models, downloads, copies of remote shards."""
+    return Path(os.environ.get("RAYFT_CACHE", "~/.cache/rayft")).expanduser()
+
+
 def node_cache(
     store: Store, key_or_prefix: str, cache_dir: Path | str, *, lock_timeout_s: float = LOCK_TIMEOUT_S
 ) -> Path:

@@ -14,6 +14,7 @@ from rayft.data.step import plan_step
 from rayft.generate.hf import TransformersEngine
 from rayft.learner.learner import Learner
 from rayft.spec import Train
+from rayft.storage import node_cache_dir
 from rayft.train import setup
 from rayft.train.setup import RunPlan
 
@@ -99,7 +100,7 @@ def measure_suites(worker: Worker, when: str) -> None:
         world_size=worker.world_size,
         gather=setup.gather,
         keep_samples=samples.__setitem__,
-        cache_dir=setup.node_cache_dir() / "data",
+        cache_dir=node_cache_dir() / "data",
     )
     learner.module.train()
     if worker.rank == 0:

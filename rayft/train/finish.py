@@ -14,9 +14,9 @@ from rayft.errors import JobError, StorageError
 from rayft.report.log import read_log
 from rayft.report.tables import suites_table, summary_table
 from rayft.spec import Job, parse_job
-from rayft.storage import ObjectNotFound, Store, open_store
+from rayft.storage import ObjectNotFound, Store, node_cache_dir, open_store
 from rayft.train.prepare import Prepared
-from rayft.train.setup import compute_dtype, node_cache_dir
+from rayft.train.setup import compute_dtype
 
 
 def finish(prepared: Prepared, store: Store, recorder: Any) -> None:

@@ -11,8 +11,7 @@ from rayft.errors import DataError, JobError
 from rayft.report.log import read_log
 from rayft.report.tables import suites_table
 from rayft.spec import Job
-from rayft.storage import open_store
-from rayft.train.setup import node_cache_dir
+from rayft.storage import node_cache_dir, open_store
 
 
 def check_job(job: Job, *, samples: int = 3) -> int:

@@ -21,8 +21,8 @@ from rayft.model.families import can_pack
 from rayft.model.files import ModelFiles, load_config, load_tokenizer, resolve_model
 from rayft.plan.choose import choose_stage
 from rayft.spec import Job
-from rayft.storage import open_store
-from rayft.train.setup import RunPlan, node_cache_dir
+from rayft.storage import node_cache_dir, open_store
+from rayft.train.setup import RunPlan
 
 #: Tokenising a shard of a few thousand rows takes seconds; a task that is silent for this long is lost.
 PREPARE_TIMEOUT_S = 1800.0

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from rayft.model.adapters import add_adapter
 from rayft.model.files import ModelFiles
 from rayft.objectives.sft import SftObjective
 from rayft.spec import Job
-from rayft.storage import open_store
+from rayft.storage import node_cache_dir, open_store
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,6 @@ class RunPlan:
     total_steps: int
     end: int | None
     checkpoint_every: int
-
-
-def node_cache_dir() -> Path:
-    """Folder for what every process of this node shares: converted models, downloads, copies of remote shards."""
-    return Path(os.environ.get("RAYFT_CACHE", "~/.cache/rayft")).expanduser()
 
 
 def worker_environment(job: Job) -> dict[str, str]:

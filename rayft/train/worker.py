@@ -16,7 +16,7 @@ from rayft.errors import PreemptedError, RayftError, StorageError
 from rayft.learner.learner import StepResult
 from rayft.learner.schedule import learning_rate
 from rayft.model.files import load_tokenizer, resolve_model
-from rayft.storage import open_store
+from rayft.storage import node_cache_dir, open_store
 from rayft.train import setup
 from rayft.train.evaluate import EarlyStopping, evaluation_loss, measure_suites
 from rayft.train.failures import diverged, worker_failure
@@ -56,7 +56,7 @@ class Worker:
         setup.use_threads(self.job)
         self.store = open_store(plan.run_uri)
         self._begin_attempt()
-        files = resolve_model(self.job.model, setup.node_cache_dir())
+        files = resolve_model(self.job.model, node_cache_dir())
         self.tokenizer = load_tokenizer(files, self.job.model)
         self.learner = setup.build_learner(plan, files, setup.pad_id_of(self.tokenizer))
         self.corpus = setup.open_corpus(plan, plan.train_spec)
@@ -265,7 +265,7 @@ class Worker:
         self._beat("load")
 
     def _resume(self) -> None:
-        cache_dir = setup.node_cache_dir() / "checkpoints"
+        cache_dir = node_cache_dir() / "checkpoints"
         reader = CheckpointReader(self.store, self.resumed_step, cache_dir=cache_dir)
         state = reader.state
         self.learner.load(reader, state["optimizer_step"])

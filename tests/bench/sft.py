@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rayft.train.setup import worker_environment
+from tests.bench.side_rayft import job_of
 from tests.bench.side_trl import SETTINGS
 from tests.bench.workload import RANDOM_MODELS, Workload, flops_per_token, write_model, write_rows
 
@@ -27,6 +29,8 @@ def measure(side: str, work: Workload, *arguments: str, timeout_s: float) -> dic
     """One run of a side. Raises RuntimeError with the end of its output if it fails."""
     command = [sys.executable, "-m", f"tests.bench.side_{side}", work.to_json(), *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": str(work.threads), "TOKENIZERS_PARALLELISM": "false"}
+    if side == "rayft":
+        env |= worker_environment(job_of(work, Path()))  # as the trainer starts its workers
     done = subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
     )

