@@ -37,17 +37,11 @@ def deepspeed_config(job: Job, stage: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     buckets = bucket_defaults(job)
     if stage > 0:
-        zero |= {
-            "contiguous_gradients": True,
-            "overlap_comm": False,
-            "reduce_bucket_size": buckets["reduce_bucket_size"],
-            "allgather_bucket_size": buckets["allgather_bucket_size"],
-        }
+        zero |= {"contiguous_gradients": True, "overlap_comm": False}
+        zero |= {name: size for name, size in buckets.items() if name.endswith("bucket_size")}
     if stage == 3:
-        zero |= {
-            "stage3_prefetch_bucket_size": buckets["stage3_prefetch_bucket_size"],
-            "stage3_param_persistence_threshold": 10_000,
-        }
+        zero |= buckets
+        zero["stage3_param_persistence_threshold"] = 10_000
     if job.zero.offload_optimizer:
         if stage == 0:
             raise JobError("zero.offload_optimizer needs zero.stage 1, 2 or 3.", "Set zero.stage to 2.")

@@ -88,6 +88,7 @@ class Weights:
     def _tensor(self, key: str) -> torch.Tensor:
         path = self._headers[key].path
         if path not in self._mapped:
+            self._mapped.clear()  # one file at a time: what was read of a mapped one counts as memory of this process
             self._mapped[path] = safe_open(path, framework="pt")
         return self._mapped[path].get_tensor(key)
 

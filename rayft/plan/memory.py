@@ -105,13 +105,18 @@ def _partitions(stage: int, ranks: int) -> dict[str, int]:
 def bucket_defaults(job: Job) -> dict[str, int]:
     """Sizes that DeepSpeed is configured with unless `deepspeed.zero_optimization` says otherwise, in elements.
 
-    On a CPU a bucket is memory that other tensors of the step could use, and gloo gains nothing from size.
+    On a CPU a bucket is memory that other tensors of the step could use, and gloo gains nothing from size. Layers that
+    ZeRO-3 has gathered stay while a GPU may soon want them again; on a CPU they go.
     """
-    reduce = 50_000_000 if job.cluster.gpus_per_worker else 8_000_000
+    on_gpu = job.cluster.gpus_per_worker > 0
+    reduce, live = (50_000_000, 1_000_000_000) if on_gpu else (8_000_000, 50_000_000)
     return {
         "reduce_bucket_size": reduce,
         "allgather_bucket_size": reduce,
         "stage3_prefetch_bucket_size": 20_000_000,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live,
+        "sub_group_size": live,
     }
 
 
@@ -125,7 +130,8 @@ def _buckets(job: Job, architecture: Architecture, stage: int, trained: int, wor
     in_flight = min(sizes["reduce_bucket_size"], trained) * (working + 4)
     if stage == 2:
         return int(in_flight)
-    gathered = min(sizes["stage3_prefetch_bucket_size"] + architecture.largest_layer, architecture.total)
+    ahead = sizes["stage3_prefetch_bucket_size"] + architecture.largest_layer
+    gathered = min(max(ahead, sizes["stage3_max_live_parameters"]), architecture.total)
     return int(in_flight + gathered * working)
 
 

@@ -151,7 +151,7 @@ def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
             name=plan.job.name,
             storage_path=str(scratch),
             failure_config=Budget(recorder, cluster.max_failures),
-            worker_runtime_env={"env_vars": worker_environment(plan.job)},
+            worker_runtime_env={"env_vars": worker_environment(plan.job, plan.stage)},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )

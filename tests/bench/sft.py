@@ -30,7 +30,7 @@ def measure(side: str, work: Workload, *arguments: str, timeout_s: float) -> dic
     command = [sys.executable, "-m", f"tests.bench.side_{side}", work.to_json(), *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": str(work.threads), "TOKENIZERS_PARALLELISM": "false"}
     if side == "rayft":
-        env |= worker_environment(job_of(work, Path()))  # as the trainer starts its workers
+        env |= worker_environment(job_of(work, Path()), stage=0)  # as the trainer starts its workers
     done = subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
     )

@@ -30,6 +30,8 @@ from tests.ranks import run_ranks
 
 STEPS = 20
 STAGES = (0, 1, 2, 3)
+#: So small that the model has several, as large models have.
+SUB_GROUPS = {"zero_optimization": {"sub_group_size": 5000}}
 ADAPTER = {"type": "lora", "lora_r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
@@ -47,7 +49,11 @@ def _grid(folder: Path, cells: list[tuple[int, int, bool]]) -> dict[tuple[int, i
     losses = {}
     for stage, accumulation, packed in cells:
         rows = 8 // (accumulation * dist.get_world_size())
-        job = small_job(folder, train={"micro_batch_size": max(1, rows if not packed else 4 // accumulation)})
+        job = small_job(
+            folder,
+            train={"micro_batch_size": max(1, rows if not packed else 4 // accumulation)},
+            deepspeed=SUB_GROUPS if stage == 3 else {},
+        )
         plan = plan_of(job, folder, stage=stage, packed=packed)
         learner = learner_of(plan, folder)
         results, _ = train_steps(learner, plan, folder, STEPS)
@@ -100,7 +106,11 @@ def _resume(folder: Path, precision: str) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
     common: Any = None
     for stage in (2, 0, 1, 3):
-        job = small_job(folder, train={"precision": precision, "micro_batch_size": 1, "max_steps": 6})
+        job = small_job(
+            folder,
+            train={"precision": precision, "micro_batch_size": 1, "max_steps": 6},
+            deepspeed=SUB_GROUPS if stage == 3 else {},
+        )
         plan = plan_of(job, folder, stage=stage, packed=True)
         learner = learner_of(plan, folder)
         _, position = train_steps(learner, plan, folder, 3)
