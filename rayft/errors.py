@@ -10,9 +10,12 @@ class RayftError(Exception):
     """Base of every error meant for a user: one sentence that says what is wrong and where, and a remedy.
 
     The two strings are the exception's `args`, so it survives pickling between Ray processes unchanged.
+    `code`: exit code of the verb. `terminal`: an unchanged retry cannot cure it; the run log records that, and a retry
+    exits at once.
     """
 
     code = 1
+    terminal = False
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message, remedy)
@@ -27,12 +30,14 @@ class JobError(RayftError):
     """The job file or the command line is wrong."""
 
     code = 2
+    terminal = True
 
 
 class DataError(RayftError):
     """The data is wrong."""
 
     code = 3
+    terminal = True
 
 
 class ResourceError(RayftError):
@@ -51,12 +56,20 @@ class DivergedError(RayftError):
     """Training diverged: the loss is NaN, infinite or exploded."""
 
     code = 6
+    terminal = True
 
 
 class MemoryExceededError(RayftError):
     """A process ran out of memory."""
 
     code = 7
+    terminal = True
+
+
+class NodeMemoryError(MemoryExceededError):
+    """A node ran out of memory and Ray killed a worker there; another process may have taken the memory."""
+
+    terminal = False
 
 
 class PreemptedError(RayftError):
@@ -87,6 +100,3 @@ EXIT_CODES: dict[int, str] = {
     8: "preempted, resumable",
     9: "a worker failed beyond its budget",
 }
-
-#: Ends that an unchanged retry cannot cure; the run log records them and a retry exits at once.
-TERMINAL_CODES = frozenset({2, 3, 6, 7})

@@ -11,6 +11,7 @@ from rayft.errors import (
     DivergedError,
     JobError,
     MemoryExceededError,
+    NodeMemoryError,
     RayftError,
     ResourceError,
     WorkerError,
@@ -57,9 +58,10 @@ def as_rayft_error(error: BaseException, max_failures: int) -> RayftError:
             "Free resources, ask for fewer workers, or raise cluster.start_timeout_s.",
         )
     if "OutOfMemory" in text or "out of memory" in text or "memory monitor" in text:
-        return MemoryExceededError(
-            f"A worker ran out of memory: {_memory_line(text)}.",
-            "Lower train.micro_batch_size or data.max_length, raise zero.stage, or set train.gradient_checkpointing.",
+        return NodeMemoryError(
+            f"A worker's node ran out of memory: {_memory_line(text)}.",
+            "See what else runs there, and try again; or lower train.micro_batch_size or data.max_length, raise "
+            "zero.stage, or set train.gradient_checkpointing.",
         )
     return WorkerError(
         f"The workers failed more than {max_failures} times; the last failure was: {_last_line(text)}.",

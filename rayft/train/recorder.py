@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from rayft.checkpoint import Lease
-from rayft.errors import TERMINAL_CODES, RayftError
+from rayft.errors import RayftError
 from rayft.report.log import Row, RunLog, read_log
 from rayft.report.trackers import Trackers
 from rayft.spec import Job
@@ -89,9 +89,9 @@ class Recorder:
         """Rows recorded after the first `count`."""
         return self.rows[count:]
 
-    def close(self, code: int, message: str) -> None:
+    def close(self, code: int, message: str, terminal: bool) -> None:
         """The run ends: the last event, the trackers' last rows, a durable log."""
-        self.event("end", message, code=code, terminal=code in TERMINAL_CODES)
+        self.event("end", message, code=code, terminal=terminal)
         self.trackers.close(code)
         self.log.flush()
 

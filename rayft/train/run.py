@@ -63,7 +63,7 @@ def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> 
         _run_under_lease(job, store, run_uri, lease, recorder, console)
         _record_end(recorder, store, 0, "done")
     except RayftError as error:
-        _record_end(recorder, store, error.code, error.message)
+        _record_end(recorder, store, error.code, error.message, terminal=error.terminal)
         raise
     except BaseException as error:
         _record_end(recorder, store, 1, f"{type(error).__name__}: {error}")
@@ -187,12 +187,12 @@ def absolute_uri(uri: str) -> str:
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
-def _record_end(recorder: Any, store: Store, code: int, message: str) -> None:
+def _record_end(recorder: Any, store: Store, code: int, message: str, *, terminal: bool = False) -> None:
     """The run's last event, and the page that shows it."""
     if recorder is None:
         return
     try:
-        ray.get(recorder.close.remote(code, message), timeout=120)
+        ray.get(recorder.close.remote(code, message, terminal), timeout=120)
         write_page(store)
     except Exception:
         # The reason for the end is raised by the caller; a log that cannot be written must not hide it.
