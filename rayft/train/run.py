@@ -156,7 +156,9 @@ def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
         run_config=RunConfig(
             name=plan.job.name,
             storage_path=str(scratch),
-            failure_config=Budget(recorder, cluster.max_failures, starts=cluster.max_failures if elastic else 0),
+            failure_config=Budget(
+                recorder, cluster.max_failures, starts=cluster.max_failures if elastic else 0
+            ),
             worker_runtime_env={"env_vars": worker_environment(plan.job, plan.stage)},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),

@@ -236,6 +236,7 @@ class Worker:
         }
         self.saving_s = 0.0
         self._tell("row", row)
+        self._look_at_commits()
 
     # -- start and resume --------------------------------------------------------------------------------------
 

@@ -86,7 +86,6 @@ def kill_a_worker(run: Started) -> None:
     send(workers[-1], signal.SIGKILL)
 
 
-@pytest.mark.full
 def test_killed_worker_and_killed_trees_change_nothing(runs: Runs) -> None:
     """A worker in mid-step, everything in mid-checkpoint, everything in mid-step."""
     store = open_store(runs.uri("killed"))
