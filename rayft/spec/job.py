@@ -152,7 +152,11 @@ class Train(Group):
         description="Rows (unpacked) or packs of data.max_length tokens (packed) per forward pass of a rank.",
     )
     num_train_epochs: PositiveFloat = 1.0
-    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; overrides num_train_epochs.")
+    max_steps: PositiveInt | None = Field(
+        None,
+        description="Optimizer steps; overrides num_train_epochs. With it, training starts while later shards are "
+        "still tokenised; an epoch's steps can only be counted when all are.",
+    )
     learning_rate: PositiveFloat = 1e-5
     lr_scheduler: Literal["constant", "linear", "cosine", "wsd"] = Field(
         "cosine", description="wsd: warm-up, stable, linear decay over the last `decay_ratio`."

@@ -19,6 +19,8 @@ def connect(cluster: Cluster) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return
+    # Nobody drains a cluster that lives as long as this process.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # `local`: the address file of a cluster that was killed would otherwise be believed.
     ray.init(address="local", include_dashboard=False, **quiet)
 

@@ -16,7 +16,7 @@ from rayft.learner.learner import Learner
 from rayft.spec import Train
 from rayft.storage import node_cache_dir
 from rayft.train import setup
-from rayft.train.setup import RunPlan
+from rayft.train.group import RunPlan
 
 if TYPE_CHECKING:
     from rayft.train.worker import Worker

@@ -16,12 +16,12 @@ from rayft.report.tables import suites_table, summary_table
 from rayft.spec import Job, parse_job
 from rayft.storage import ObjectNotFound, Store, node_cache_dir, open_store
 from rayft.train.prepare import Prepared
-from rayft.train.setup import compute_dtype
 
 
 def finish(prepared: Prepared, store: Store, recorder: Any) -> None:
     """Export the last checkpoint of a run as `model/`: an adapter as such, a full model in the dtype it computed in."""
     from rayft.model.export import export_model
+    from rayft.train.setup import compute_dtype
 
     job = prepared.plan.job
     step = newest_step(store)
@@ -41,6 +41,7 @@ def export_run(run: str, out: str, *, step: int | None = None, merge: bool = Fal
     """Export a checkpoint of any run, the newest by default; with `merge` an adapter is merged and the merge proven."""
     from rayft.model.export import export_model
     from rayft.model.files import load_tokenizer, resolve_model
+    from rayft.train.setup import compute_dtype
 
     store = open_store(run)
     job = job_of_run(store)

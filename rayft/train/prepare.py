@@ -22,7 +22,7 @@ from rayft.model.files import ModelFiles, load_config, load_tokenizer, resolve_m
 from rayft.plan.choose import choose_stage
 from rayft.spec import Job
 from rayft.storage import node_cache_dir, open_store
-from rayft.train.setup import RunPlan
+from rayft.train.group import RunPlan
 
 #: Tokenising a shard of a few thousand rows takes seconds; a task that is silent for this long is lost.
 PREPARE_TIMEOUT_S = 1800.0
@@ -55,7 +55,10 @@ class Prepared:
 
 
 class Shards:
-    """Tokenising tasks on the cluster. They ask for no CPU of Ray's: training may hold all of them already."""
+    """Tokenising tasks on the cluster. They ask for no CPU of Ray's: training may hold all of them already.
+
+    A single shard is made right here: a task's process takes longer to start than a few thousand rows to tokenise.
+    """
 
     def __init__(self, spec: CacheSpec, cache_uri: str, order: list[int], at_once: int) -> None:
         self.spec, self.cache_uri = spec, cache_uri
@@ -63,6 +66,10 @@ class Shards:
         self._waiting = list(reversed(order))
         self._running: dict[Any, int] = {}
         self._at_once = at_once
+        if len(order) == 1:
+            self._waiting.clear()
+            self.infos[order[0]] = _prepare(spec, order[0], cache_uri)
+            return
         self._spec_ref = ray.put(spec)
         self.advance(0)
 

@@ -19,26 +19,13 @@ from rayft.model.files import load_tokenizer, resolve_model
 from rayft.storage import node_cache_dir, open_store
 from rayft.train import setup
 from rayft.train.evaluate import EarlyStopping, evaluation_loss, measure_suites
-from rayft.train.failures import diverged, worker_failure
+from rayft.train.failures import diverged
+from rayft.train.group import RunPlan
 from rayft.train.retention import Retention
-from rayft.train.setup import RunPlan
 
 ASK_TIMEOUT_S = 60.0
 #: Rows wait for an object store as long as its own retries take.
 FLUSH_TIMEOUT_S = 600.0
-
-
-def run_worker(config: dict[str, Any]) -> None:
-    """Entry point of Ray Train's workers. What ends the run for good is told to the recorder before it is raised."""
-    plan, recorder = config["plan"], config["recorder"]
-    try:
-        Worker(plan, recorder).train()
-    except BaseException as error:
-        ending = worker_failure(error)
-        if ending is not None:
-            ray.get(recorder.end.remote(ending), timeout=ASK_TIMEOUT_S)
-            raise ending from error
-        raise
 
 
 class Worker:

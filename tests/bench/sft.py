@@ -1,7 +1,8 @@
 """rayft against TRL's SFTTrainer, in turn in one run: `python -m tests.bench.sft`. One JSON line per comparison.
 
-Every measurement is a process of its own. TRL's settings are all tried once and the fastest is measured again in
-alternation with rayft; the figures are medians over the rounds, the ratio the median of the rounds' ratios.
+Every measurement is a process of its own. TRL's settings are all tried once, for two steps, and the fastest is measured
+in alternation with rayft; the figures are medians over the rounds, the ratio the median of the rounds' ratios. At the end
+TRL runs once more in the environment that rayft gives its workers (`rayft.train.group.worker_environment`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rayft.train.setup import worker_environment
+from rayft.train.group import worker_environment
 from tests.bench.side_rayft import job_of
 from tests.bench.side_trl import SETTINGS
 from tests.bench.workload import RANDOM_MODELS, Workload, flops_per_token, write_model, write_rows
@@ -25,12 +27,17 @@ from tests.bench.workload import RANDOM_MODELS, Workload, flops_per_token, write
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def measure(side: str, work: Workload, *arguments: str, timeout_s: float) -> dict[str, Any]:
-    """One run of a side. Raises RuntimeError with the end of its output if it fails."""
+def measure(
+    side: str, work: Workload, *arguments: str, timeout_s: float, as_trainer: bool = False
+) -> dict[str, Any]:
+    """One run of a side. Raises RuntimeError with the end of its output if it fails.
+
+    as_trainer: start it with the environment that the trainer gives its workers.
+    """
     command = [sys.executable, "-m", f"tests.bench.side_{side}", work.to_json(), *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": str(work.threads), "TOKENIZERS_PARALLELISM": "false"}
-    if side == "rayft":
-        env |= worker_environment(job_of(work, Path()), stage=0)  # as the trainer starts its workers
+    if as_trainer:
+        env |= worker_environment(job_of(work, Path()), stage=0)
     done = subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
     )
@@ -41,12 +48,14 @@ def measure(side: str, work: Workload, *arguments: str, timeout_s: float) -> dic
 
 def compare(work: Workload, settings: list[str], rounds: int, timeout_s: float) -> dict[str, Any]:
     """Measure both sides `rounds` times in turn and put the medians side by side."""
-    tried = {name: measure("trl", work, name, timeout_s=timeout_s) for name in settings}
-    best = max(tried, key=lambda name: tried[name]["tokens_per_s"])
+    short = replace(work, warmup=1, steps=2)
+    tried = {name: measure("trl", short, name, timeout_s=timeout_s) for name in settings if len(settings) > 1}
+    best = max(tried, key=lambda name: tried[name]["tokens_per_s"], default=settings[0])
     trl, rayft = [], []
     for _ in range(rounds):
-        rayft.append(measure("rayft", work, timeout_s=timeout_s))
+        rayft.append(measure("rayft", work, timeout_s=timeout_s, as_trainer=True))
         trl.append(measure("trl", work, best, timeout_s=timeout_s))
+    alike = measure("trl", work, best, timeout_s=timeout_s, as_trainer=True)
     ratios = [ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in zip(rayft, trl, strict=True)]
     ours, theirs = summary(work, rayft), summary(work, trl)
     return {
@@ -56,12 +65,14 @@ def compare(work: Workload, settings: list[str], rounds: int, timeout_s: float) 
         "trl": theirs["tokens_per_s"],
         "ratio": round(median(ratios), 2),
         "memory_ratio": round(ours["peak_memory_gb"] / theirs["peak_memory_gb"], 2),
+        "ratio_in_the_same_environment": round(ours["tokens_per_s"] / alike["tokens_per_s"], 2),
         "rayft_details": ours,
         "trl_details": {
             **theirs,
             "setting": best,
             "tried": {name: round(result["tokens_per_s"], 1) for name, result in tried.items()},
         },
+        "trl_in_the_same_environment": summary(work, [alike]),
         "device": work.device,
         "threads": work.threads,
         "rounds": rounds,

@@ -48,6 +48,7 @@ def run(work: Workload) -> dict[str, Any]:
     from rayft.model.files import load_config, load_tokenizer, resolve_model
     from rayft.storage import node_cache_dir, open_store
     from rayft.train import setup
+    from rayft.train.group import RunPlan
     from rayft.train.prepare import decide_packing, decide_stage
 
     with tempfile.TemporaryDirectory() as name:
@@ -68,9 +69,7 @@ def run(work: Workload) -> dict[str, Any]:
         packed = decide_packing(job, load_config(files, job.model))
         stage, _ = decide_stage(job, files)
         total = work.warmup + work.steps
-        plan = setup.RunPlan(
-            job, str(folder / "run"), {}, stage, packed, spec, None, cache, total, None, total
-        )
+        plan = RunPlan(job, str(folder / "run"), {}, stage, packed, spec, None, cache, total, None, total)
         learner = setup.build_learner(plan, files, setup.pad_id_of(tokenizer))
         corpus, order = setup.open_corpus(plan, spec), setup.order_of(plan)
 

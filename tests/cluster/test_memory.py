@@ -13,7 +13,7 @@ import torch
 
 from rayft.checkpoint import CheckpointReader, CheckpointWriter, latest
 from rayft.storage import LocalStore, open_store
-from rayft.train import setup
+from rayft.train import group, setup
 from tests.cluster.steps import learner_of, plan_of, small_job, state_digest, train_steps, write_rows
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, tiny_tokenizer
@@ -150,7 +150,7 @@ def test_no_rank_holds_the_whole_model(tmp_path: Path, monkeypatch: pytest.Monke
     whole = 2.0 * count  # bytes of the weights in bf16
     write_rows(tmp_path / "rows.jsonl")
     job = job_of(tmp_path)
-    for name, value in setup.worker_environment(job, stage=3).items():
+    for name, value in group.worker_environment(job, stage=3).items():
         monkeypatch.setitem(os.environ, name, value)
 
     first = run_ranks(_first, 2, tmp_path, timeout_s=600)
