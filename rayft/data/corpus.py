@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,17 +35,31 @@ class _Shard:
     row_documents: np.ndarray
 
 
+class NoMoreShards(Exception):
+    """The shard that is waited for will not come; whoever makes the shards says why."""
+
+
 class Corpus:
     """The documents of a `CacheSpec`. Rows have ids 0..spec.rows; a document's id is shard << 32 | number in it."""
 
     def __init__(
-        self, spec: CacheSpec, cache: Store, *, node_dir: Path, wait_timeout_s: float = 600.0
+        self,
+        spec: CacheSpec,
+        cache: Store,
+        *,
+        node_dir: Path,
+        wait_timeout_s: float = 600.0,
+        on_wait: Callable[[], bool] | None = None,
     ) -> None:
-        """`cache`: where `prepare_shard` puts shards; `node_dir`: this node's copies where that is not a folder."""
+        """`cache`: where `prepare_shard` puts shards; `node_dir`: this node's copies where that is not a folder.
+
+        on_wait: called about once a second while a shard is waited for; true when no more shards will be made.
+        """
         self.spec = spec
         self._cache = cache
         self._node_dir = node_dir
         self._wait_timeout_s = wait_timeout_s
+        self._on_wait = on_wait
         self._first_ids = [shard.first_id for shard in spec.shards]
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._open)
 
@@ -99,6 +114,9 @@ class Corpus:
                     f"({self.spec.where(shard)}, {self._cache.where(shard.key)}).",
                     "Look in the run log for why it is not being made: no CPU left for the tokenising tasks, or one failed.",
                 )
+            # Looked at once more after the last one was made, so that all ranks come to the same answer.
+            if self._on_wait is not None and self._on_wait() and not self._cache.exists(shard.key):
+                raise NoMoreShards(self.spec.where(shard))
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
 

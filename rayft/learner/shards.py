@@ -169,6 +169,8 @@ class ShardedLayout(Layout):
         persistent = self.zero.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)
+        self.zero.invalidate_secondary_tensor()  # hpZ's copies of what was there before
+        if persistent:
             persistent[0].all_gather(persistent)
 
     def optimizer_step(self) -> int:

@@ -56,7 +56,8 @@ class RunLog:
         self._uri = store.uri
         self._held = held
         self._lost = False
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # over rows in memory; never held while a store may be slow
+        self._writing = threading.RLock()  # over the sink
         self._pending: list[bytes] = []
         self._closed = threading.Event()
         self._flusher: threading.Thread | None = None
@@ -87,8 +88,8 @@ class RunLog:
                 raise self._lease_lost()
             stamped = {"time": round(time.time(), 3), "epoch": self.epoch, "attempt": self.attempt, **row}
             self._pending.append(_encode(stamped))
-            if self._flusher is None:
-                self._write()
+        if self._flusher is None:
+            self._write()
 
     def event(self, event: str, message: str = "", **fields: Any) -> None:
         """Add an event row."""
@@ -96,7 +97,7 @@ class RunLog:
 
     def flush(self) -> None:
         """Make everything appended so far durable. Raises LeaseLost or StorageError; rows not written are kept."""
-        with self._lock:
+        with self._writing:
             if self._pending:
                 self._write()
             self._sink.sync()
@@ -113,23 +114,26 @@ class RunLog:
             self._sink.close()
 
     def _write(self) -> None:
-        if self._lost or not self._held():
-            self._lost = True
-            raise self._lease_lost()
-        self._sink.write(b"".join(self._pending))
-        self._pending.clear()
+        with self._writing:
+            if self._lost or not self._held():
+                self._lost = True
+                raise self._lease_lost()
+            with self._lock:
+                rows = list(self._pending)
+            self._sink.write(b"".join(rows))
+            with self._lock:
+                del self._pending[: len(rows)]
 
     def _flush_every(self, interval_s: float) -> None:
         while not self._closed.wait(interval_s):
-            with self._lock:
-                if not self._pending:
-                    continue
-                try:
-                    self._write()
-                except LeaseLost:
-                    return
-                except StorageError:
-                    continue  # the rows stay pending; flush() and close() say what is wrong
+            if not self._pending:
+                continue
+            try:
+                self._write()
+            except LeaseLost:
+                return
+            except StorageError:
+                continue  # the rows stay pending; flush() and close() say what is wrong
 
     def _lease_lost(self) -> LeaseLost:
         return LeaseLost(

@@ -19,6 +19,8 @@ def connect(cluster: Cluster) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return
+    # A group that lost a rank is torn down by Ray; its collectives need not be waited for any longer.
+    os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
     # Nobody drains a cluster that lives as long as this process.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # `local`: the address file of a cluster that was killed would otherwise be believed.

@@ -14,7 +14,7 @@ from rayft.data.step import plan_step
 from rayft.generate.hf import TransformersEngine
 from rayft.learner.learner import Learner
 from rayft.spec import Train
-from rayft.storage import node_cache_dir
+from rayft.storage import ObjectNotFound, Store, node_cache_dir
 from rayft.train import setup
 from rayft.train.group import RunPlan
 
@@ -76,12 +76,24 @@ def evaluation_loss(plan: RunPlan, learner: Learner, rank: int, world_size: int)
     return float(total) / max(tokens, 1), tokens
 
 
+def _kept(store: Store, key: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(store.get(key))
+    except ObjectNotFound:
+        return None
+
+
 def measure_suites(worker: Worker, when: str) -> None:
     """Run the job's suites on the model as it is and keep the results in the run folder; once per run and `when`."""
     from rayft.evals.run import run_suites
 
     suites, key = worker.job.eval.suites, f"suites-{when}.json"
-    if not suites or setup.share(worker.store.exists(key)):
+    if not suites:
+        return
+    kept = setup.share(_kept(worker.store, key) if worker.rank == 0 else None)
+    if kept is not None and kept.keys() == {suite.name for suite in suites}:
+        if worker.rank == 0:  # rows of a start that left no checkpoint do not count, so it is told again
+            worker.recorder.row.remote({"kind": "suites", "when": when, "step": worker.step, "results": kept})
         return
     learner = worker.learner
     engine = TransformersEngine(

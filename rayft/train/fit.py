@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,17 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayft.checkpoint import Lease
-from rayft.errors import LeaseLost, PreemptedError
+from rayft.errors import LeaseLost, RayftError, StorageError
 from rayft.train.budget import Budget
 from rayft.train.cluster import worker_resources
 from rayft.train.failures import as_rayft_error
-from rayft.train.group import run_worker, worker_environment
-from rayft.train.prepare import Prepared
+from rayft.train.group import NO_MORE_SHARDS, run_worker, worker_environment
+from rayft.train.prepare import Prepared, Shards
+from rayft.train.signals import StopSignals
 from rayft.train.watch import Watch
 
 #: Seconds that an elastic group waits for its resources before its size is chosen again.
 ELASTIC_WAIT_S = 30.0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Ended:
     error: BaseException | None = None
 
 
-def fit_group(prepared: Prepared, recorder: Any, watch: Watch, lease: Lease) -> None:
+def fit_group(prepared: Prepared, recorder: Any, watch: Watch, lease: Lease, signals: StopSignals) -> None:
     """Run Ray Train in a thread while this one watches, prepares later shards and takes signals."""
     job = prepared.plan.job
     trainer = build_trainer(prepared, recorder)
@@ -48,23 +48,58 @@ def fit_group(prepared: Prepared, recorder: Any, watch: Watch, lease: Lease) -> 
         except BaseException as error:
             ended.error = error
 
+    def ask_to_stop(reason: str) -> None:
+        recorder.request_stop.remote(reason)
+
     thread = threading.Thread(target=fit, name="rayft-fit", daemon=True)
-    with _stop_on_signal(lambda reason: ray.get(recorder.request_stop.remote(reason), timeout=30)):
+    data = LateShards(prepared.shards, ask_to_stop, patience_s=job.cluster.hang_timeout_s)
+    with signals.asking(ask_to_stop):
         thread.start()
         while thread.is_alive():
             thread.join(timeout=watch.interval_s)
-            prepared.shards.advance(0)
+            data.advance()
             watch.look()
             refuse_lost(lease)
     watch.show_rows()
     if ended.error is not None:
         ending = ray.get(recorder.ended.remote(), timeout=60)
-        raise ending or as_rayft_error(ended.error, job.cluster.max_failures) from ended.error
+        raise data.error or ending or as_rayft_error(ended.error, job.cluster.max_failures) from ended.error
+
+
+class LateShards:
+    """Shards that are made while training runs.
+
+    One that cannot be made asks the ranks to save and stop, and is told when they have: a step that has been taken is
+    not lost to a row that is read later, and a run that never reads the row does not end by it.
+    """
+
+    def __init__(self, shards: Shards, ask_to_stop: Callable[[str], None], *, patience_s: float) -> None:
+        self.error: RayftError | None = None
+        self._shards, self._ask_to_stop, self._patience_s = shards, ask_to_stop, patience_s
+        self._failed_at = 0.0
+        self._asked = False
+
+    def advance(self) -> None:
+        """Look after the tasks. Raises the error of one that failed if the ranks have not stopped in `patience_s`."""
+        if self.error is None:
+            try:
+                self._shards.advance(0)
+            except RayftError as error:
+                self.error, self._failed_at = error, time.monotonic()
+        if self.error is not None and not self._asked and self._shards.idle():
+            self._asked = True  # not before: whether a shard is there must look alike to all ranks
+            self._ask_to_stop(NO_MORE_SHARDS)
+        if self.error is not None and time.monotonic() - self._failed_at > self._patience_s:
+            raise self.error
 
 
 def refuse_lost(lease: Lease) -> None:
     """Raise LeaseLost if another driver has taken over while this one was stopped."""
-    if not lease.held():
+    try:
+        held = lease.held()
+    except StorageError:
+        return  # a storage that is away for a while says nothing; the next commit says it if it stays away
+    if not held:
         raise LeaseLost(
             f"Another driver has taken over {lease.store.uri}; this one stops.",
             "Nothing is lost; follow the other.",
@@ -104,29 +139,3 @@ def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-
-
-class _stop_on_signal:
-    """While inside, the first SIGTERM or SIGINT asks the run to save and stop; the second one interrupts."""
-
-    def __init__(self, request: Callable[[str], Any]) -> None:
-        self._request = request
-        self._asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: Any) -> None:
-        if self._asked:
-            raise PreemptedError(
-                "The run was interrupted before it could save.",
-                "Start it again to go on from the last checkpoint.",
-            )
-        self._asked = True
-        threading.Thread(target=self._request, args=(signal.Signals(number).name,), daemon=True).start()

@@ -16,6 +16,9 @@ from rayft.train.failures import worker_failure
 
 ASK_TIMEOUT_S = 60.0
 
+#: Why ranks are asked to stop when a shard cannot be made: those that wait for one need not wait any longer.
+NO_MORE_SHARDS = "a shard of the data cannot be made"
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -49,8 +52,6 @@ def worker_environment(job: Job, stage: int) -> dict[str, str]:
     environment = {
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(job.cluster.threads),
-        # A group that lost a rank is torn down by Ray; its collectives need not be waited for any longer.
-        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     }
     if job.cluster.gpus_per_worker:
         return environment

@@ -22,10 +22,12 @@ from rayft.model.files import ModelFiles, load_config, load_tokenizer, resolve_m
 from rayft.plan.choose import choose_stage
 from rayft.spec import Job
 from rayft.storage import node_cache_dir, open_store
+from rayft.train.failures import as_rayft_error
 from rayft.train.group import RunPlan
 
 #: Tokenising a shard of a few thousand rows takes seconds; a task that is silent for this long is lost.
 PREPARE_TIMEOUT_S = 1800.0
+TASK_RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,24 @@ class Shards:
 
     def advance(self, timeout_s: float) -> None:
         """Start tasks while there is room, collect finished ones for up to `timeout_s`. Raises what a task raised."""
-        task = ray.remote(_prepare).options(num_cpus=0, max_retries=3)
+        task = ray.remote(_prepare).options(num_cpus=0, max_retries=TASK_RETRIES)
         while self._waiting and len(self._running) < self._at_once:
             index = self._waiting.pop()
             self._running[task.remote(self._spec_ref, index, self.cache_uri)] = index
         if not self._running:
             return
-        ready, _ = ray.wait(list(self._running), timeout=timeout_s)
+        tasks = list(self._running)
+        ready, _ = ray.wait(tasks, timeout=timeout_s)
+        ready, _ = ray.wait(tasks, num_returns=len(tasks), timeout=0) if ready else ([], [])
         for ref in ready:
             self.infos[self._running.pop(ref)] = _result(ref)
+
+    def idle(self) -> bool:
+        """Whether no task runs. After one has failed no other is started."""
+        if self._running:
+            _, running = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+            self._running = {ref: self._running[ref] for ref in running}
+        return not self._running
 
     def wait(self, count: int | None = None) -> None:
         """Wait until `count` shards (all by default) are there. Raises WorkerError if nothing happens for too long."""
@@ -252,3 +263,5 @@ def _result(ref: Any) -> ShardInfo:
         if isinstance(cause, RayftError):
             raise cause from None
         raise
+    except ray.exceptions.RayError as error:  # its process or node died, four times
+        raise as_rayft_error(error, TASK_RETRIES) from error

@@ -13,6 +13,7 @@ from rayft.report.log import Row, RunLog, read_log
 from rayft.report.trackers import Trackers
 from rayft.spec import Job
 from rayft.storage import open_store
+from rayft.train.group import NO_MORE_SHARDS
 
 
 class Recorder:
@@ -82,8 +83,9 @@ class Recorder:
         return self.ending
 
     def request_stop(self, reason: str) -> None:
-        """Ask the ranks to save and stop."""
-        self.stop_reason = reason
+        """Ask the ranks to save and stop. That no more shards come outlives other reasons: ranks may wait for one."""
+        if self.stop_reason != NO_MORE_SHARDS:
+            self.stop_reason = reason
 
     def since(self, count: int) -> list[Row]:
         """Rows recorded after the first `count`."""

@@ -15,18 +15,21 @@ from rich.console import Console
 from rayft.checkpoint import Lease
 from rayft.errors import RayftError
 from rayft.report.lineage import write_lineage
-from rayft.report.log import read_log
 from rayft.report.page import write_page
 from rayft.report.progress import Progress
 from rayft.report.trackers import wanted_trackers
-from rayft.spec import Job, changed_keys, dump_job
+from rayft.spec import Job
 from rayft.storage import Store, open_store
 from rayft.train.cluster import connect, refuse_impossible
-from rayft.train.failures import changed_job
-from rayft.train.finish import finish, job_of_run, show_result
+from rayft.train.finish import finish, show_result
+from rayft.train.history import End, EndedBefore, already_ended, refuse_other_origin, take_job
 from rayft.train.prepare import prepare
 from rayft.train.recorder import start_recorder
+from rayft.train.signals import StopSignals
 from rayft.train.watch import Watch
+
+#: What preparing needs of libraries that take seconds to import.
+HEAVY = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 
 
 def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> int:
@@ -36,20 +39,29 @@ def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> 
     store = open_store(run_uri)
     if already_ended(store, job, console):
         return 0
+    with StopSignals() as signals:
+        _run(job, store, run_uri, console, signals, takeover=takeover)
+    show_result(store, job, console)
+    return 0
+
+
+def _run(
+    job: Job, store: Store, run_uri: str, console: Console, signals: StopSignals, *, takeover: bool
+) -> None:
     lease = Lease.acquire(store, {"job": job.name}, takeover=takeover, on_wait=console.print)
     lease.start_heartbeat()
     recorder: Any = None
     try:
         wanted_trackers(job)  # refuses what is not installed before anything starts
-        store.put("job.yaml", dump_job(job).encode())
-        with importing(
-            "torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"
-        ):
+        end_before = take_job(store, job)
+        with signals.lent_to_ray(), importing(*HEAVY):
             connect(job.cluster)
         refuse_impossible(job.cluster)
         recorder = start_recorder(job, run_uri, lease.owner, lease.epoch)
-        _run_under_lease(job, store, run_uri, lease, recorder, console)
+        _run_under_lease(job, store, run_uri, lease, recorder, console, signals, end_before)
         _record_end(recorder, store, 0, "done")
+    except EndedBefore:
+        raise
     except RayftError as error:
         _record_end(recorder, store, error.code, error.message, terminal=error.terminal)
         raise
@@ -58,17 +70,23 @@ def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> 
         raise
     finally:
         lease.release()
-    show_result(store, job, console)
-    return 0
 
 
 def _run_under_lease(
-    job: Job, store: Store, run_uri: str, lease: Lease, recorder: Any, console: Console
+    job: Job,
+    store: Store,
+    run_uri: str,
+    lease: Lease,
+    recorder: Any,
+    console: Console,
+    signals: StopSignals,
+    end_before: End | None,
 ) -> None:
     from rayft.train.fit import fit_group
 
     cache_uri = absolute_uri(job.data.cache) if job.data.cache else run_uri.rpartition("/")[0] + "/cache"
     prepared = prepare(job, run_uri, cache_uri, lease.owner, console.print)
+    refuse_other_origin(store, job.name, prepared.origin(), end_before)
     write_lineage(store, prepared.origin())
     ray.get(recorder.event.remote("plan", **prepared.memory), timeout=60)
     progress = Progress(console, prepared.plan.total_steps, every=job.log.every_steps)
@@ -78,34 +96,9 @@ def _run_under_lease(
             progress.row(row)
 
     watch = Watch(recorder, store, job.cluster.hang_timeout_s, show)
-    fit_group(prepared, recorder, watch, lease)
+    fit_group(prepared, recorder, watch, lease, signals)
     finish(prepared, store, recorder)
     watch.show_rows()
-
-
-def already_ended(store: Store, job: Job, console: Console) -> bool:
-    """Whether there is nothing to do. Raises JobError for another job, and again the error that ended this one for good."""
-    if not store.exists("job.yaml"):
-        return False
-    before = job_of_run(store)
-    changes = changed_keys(before, job)
-    if changes:
-        raise changed_job(job.name, changes)
-    ends = [row for row in read_log(store) if row["kind"] == "event" and row["event"] == "end"]
-    if not ends:
-        return False
-    last = ends[-1]
-    if last["code"] == 0:
-        console.print(f"The run {job.name} is done; its model is in {store.where('model')}.")
-        return True
-    if last["terminal"]:
-        error = RayftError(
-            f"The run {job.name} ended before and an unchanged retry cannot cure it: {last['message']}",
-            "Change the job and give it another name.",
-        )
-        error.code = last["code"]
-        raise error
-    return False
 
 
 @contextlib.contextmanager

@@ -41,12 +41,18 @@ class Watch:
 
     def show_rows(self) -> None:
         """Hand rows that are new since the last look to `on_rows`."""
-        rows = ray.get(self.recorder.since.remote(self._shown), timeout=ASK_TIMEOUT_S)
+        try:
+            rows = ray.get(self.recorder.since.remote(self._shown), timeout=ASK_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            return  # it waits for a storage that is slow; the next look shows them
         self._shown += len(rows)
         self.on_rows(rows)
 
     def _look_at_ranks(self) -> None:
-        ranks = ray.get(self.recorder.silent.remote(), timeout=ASK_TIMEOUT_S)
+        try:
+            ranks = ray.get(self.recorder.silent.remote(), timeout=ASK_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            return
         hung = [
             rank
             for rank, state in ranks.items()
@@ -60,7 +66,8 @@ class Watch:
         where = self._dump_stacks(ranks, step)
         message = (
             f"rank {longest} made no progress for {ranks[longest]['silent_s']:.0f} s at step {step}; "
-            f"stacks of all ranks are in {where}; restarting the group"
+            f"stacks of all ranks are in {where}; restarting the group "
+            "(if it was only slow, raise cluster.hang_timeout_s)"
         )
         ray.get(self.recorder.event.remote("hang", message, step=step, ranks=hung), timeout=ASK_TIMEOUT_S)
         ray.get(self.recorder.forget_ranks.remote(), timeout=ASK_TIMEOUT_S)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import torch.distributed as dist
 
 from rayft.checkpoint import CheckpointReader, CheckpointWriter, Lease
+from rayft.data.corpus import NoMoreShards
 from rayft.data.step import MicroBatch, StepPlan, plan_step
 from rayft.errors import PreemptedError, RayftError, StorageError
 from rayft.learner.learner import StepResult
@@ -20,10 +24,11 @@ from rayft.storage import node_cache_dir, open_store
 from rayft.train import setup
 from rayft.train.evaluate import EarlyStopping, evaluation_loss, measure_suites
 from rayft.train.failures import diverged
-from rayft.train.group import RunPlan
+from rayft.train.group import NO_MORE_SHARDS, RunPlan
 from rayft.train.retention import Retention
 
 ASK_TIMEOUT_S = 60.0
+BEAT_EVERY_S = 5.0
 #: Rows wait for an object store as long as its own retries take.
 FLUSH_TIMEOUT_S = 600.0
 
@@ -37,7 +42,7 @@ class Worker:
         self.attempt = 0
         self.step, self.position = 0, 0
         self.tokens = self.trained_tokens = 0
-        self.saving_s = 0.0
+        self.saving_s, self.saved_step = 0.0, 0
         self.stop_reason = ""
         self._pending_beat: Any = None
         setup.use_threads(self.job)
@@ -46,7 +51,7 @@ class Worker:
         files = resolve_model(self.job.model, node_cache_dir())
         self.tokenizer = load_tokenizer(files, self.job.model)
         self.learner = setup.build_learner(plan, files, setup.pad_id_of(self.tokenizer))
-        self.corpus = setup.open_corpus(plan, plan.train_spec)
+        self.corpus = setup.open_corpus(plan, plan.train_spec, self._waiting_for_data)
         self.order = setup.order_of(plan)
         self.stopping = EarlyStopping(self.job.train)
         if self.resumed_step is not None:
@@ -71,7 +76,10 @@ class Worker:
             self._suites("before")
         while self.step < self.plan.total_steps and not self.stopping.stop:
             started = time.perf_counter()
-            step_plan = self._plan_step()
+            try:
+                step_plan = self._plan_step()
+            except NoMoreShards:
+                self._stop()
             setup.seed_step(self.job.seed, self.step, self.rank)
             planned = time.perf_counter()
             result = self.learner.step(
@@ -89,23 +97,34 @@ class Worker:
             result.seconds |= {"data": planned - started, "checkpoint": self.saving_s}
             self._record(step_plan, result, time.perf_counter() - started)
             if (
-                stop
-                or self.stopping.stop
+                self.stopping.stop
                 or self._due(self.plan.checkpoint_every)
                 or self.step == self.plan.total_steps
             ):
                 self._save()
             if stop:
-                self._finish_saving()
-                raise PreemptedError(
-                    f"The run was asked to stop ({self.stop_reason or 'by another rank'}) and is saved at step {self.step}.",
-                    "Start it again under the same name to go on.",
-                )
+                self._stop()
         self._finish_saving()
         self._suites("after")
         self.learner.close()
 
     # -- the parts of the loop ---------------------------------------------------------------------------------
+
+    def _stop(self) -> NoReturn:
+        """Save what is not saved, and leave together: rank 0 commits last, and Ray ends the group with its first rank."""
+        if self.step > self.saved_step:
+            self._save()
+        self._finish_saving()
+        dist.barrier()
+        raise PreemptedError(
+            f"The run was asked to stop ({self.stop_reason or 'by another rank'}) and is saved at step {self.step}.",
+            "Start it again under the same name to go on.",
+        )
+
+    def _waiting_for_data(self) -> bool:
+        """Whether to give up. All ranks plan the same step, so all wait for the same shard, and all hear this."""
+        self._beat("data")
+        return self.stop_reason == NO_MORE_SHARDS
 
     def _plan_step(self) -> StepPlan:
         return plan_step(
@@ -141,7 +160,8 @@ class Worker:
     def _evaluate(self) -> None:
         assert self.plan.eval_spec is not None
         self._beat("evaluate")
-        loss, tokens = evaluation_loss(self.plan, self.learner, self.rank, self.world_size)
+        with self._beating("evaluate"):
+            loss, tokens = evaluation_loss(self.plan, self.learner, self.rank, self.world_size)
         self.stopping.seen(loss)
         self._tell("row", {"kind": "eval", "step": self.step, "loss": loss, "tokens": tokens})
         if self.stopping.stop:
@@ -154,7 +174,8 @@ class Worker:
 
     def _suites(self, when: str) -> None:
         self._beat("evaluate")
-        measure_suites(self, when)
+        with self._beating("evaluate"):
+            measure_suites(self, when)
 
     def _save(self) -> None:
         """Hand the state to the writer; a checkpoint that failed before surfaces here.
@@ -163,8 +184,6 @@ class Worker:
         """
         self._beat("checkpoint")
         began = time.perf_counter()
-        if self.rank == 0:
-            ray.get(self.recorder.flush.remote(), timeout=FLUSH_TIMEOUT_S)
         state = {
             "position": self.position,
             "optimizer_step": self.learner.optimizer_step(),
@@ -173,10 +192,13 @@ class Worker:
             "stopping": self.stopping.state(),
         }
         try:
+            if self.rank == 0:
+                ray.get(self.recorder.flush.remote(), timeout=FLUSH_TIMEOUT_S)
             self.writer.save(self.step, self.learner.fragments(), state)
         except StorageError as error:
             self._checkpoint_failed(error)
         self._look_at_commits()
+        self.saved_step = self.step
         self.saving_s = time.perf_counter() - began
 
     def _finish_saving(self) -> None:
@@ -253,11 +275,16 @@ class Worker:
         self._beat("load")
 
     def _resume(self) -> None:
-        cache_dir = node_cache_dir() / "checkpoints"
+        # The node's copy of a remote checkpoint, for all its ranks and only until they have loaded it.
+        digest = hashlib.sha256(self.plan.run_uri.encode()).hexdigest()
+        cache_dir = node_cache_dir() / "checkpoints" / digest[:32]
         reader = CheckpointReader(self.store, self.resumed_step, cache_dir=cache_dir)
         state = reader.state
         self.learner.load(reader, state["optimizer_step"])
+        dist.barrier()
+        shutil.rmtree(cache_dir, ignore_errors=True)
         self.step, self.position = reader.manifest.step, state["position"]
+        self.saved_step = self.step
         self.tokens, self.trained_tokens = state["tokens"], state["trained_tokens"]
         self.stopping.restore(state["stopping"])
 
@@ -266,6 +293,23 @@ class Worker:
     def _tell(self, method: str, *args: Any, **kwargs: Any) -> None:
         if self.rank == 0:
             getattr(self.recorder, method).remote(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _beating(self, phase: str) -> Iterator[None]:
+        """A sign of life every few seconds in which the model computes something, whoever calls it."""
+        last = time.monotonic()
+
+        def beat(*_: Any) -> None:
+            nonlocal last
+            if time.monotonic() - last > BEAT_EVERY_S:
+                last = time.monotonic()
+                self._beat(phase)
+
+        hook = self.learner.module.register_forward_pre_hook(beat)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _beat(self, phase: str) -> None:
         """A sign of life; picks up the answer to an earlier one without waiting for it."""

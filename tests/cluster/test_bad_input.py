@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rayft.checkpoint import latest
 from rayft.cli import main
-from tests.cluster.steps import prepare_folder, small_job
+from rayft.data.order import WINDOW, Order
+from rayft.storage import open_store
+from tests import checkpoints
+from tests.cluster.steps import plan_of, prepare_folder, small_job
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.slow
@@ -54,6 +58,7 @@ def _another_run(folder: Path) -> None:
     (run / "job.yaml").write_text(
         yaml.safe_dump(small_job(folder, train={"learning_rate": 0.5}).model_dump(mode="json"))
     )
+    checkpoints.save(open_store(run), 4)
 
 
 def _file_in_the_way(folder: Path) -> None:
@@ -230,6 +235,49 @@ def test_diverged_run_ends_with_6_and_is_not_tried_again(
     log = (tmp_path / "nan" / "log.jsonl").read_text()
     starts = [line for line in log.splitlines() if '"event":"start"' in line or '"event":"resume"' in line]
     assert len(starts) == 1, log
+
+
+def test_a_mistake_is_corrected_under_the_same_name(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], local_ray: None
+) -> None:
+    """Data that is not there, then a row that is wrong, then both right: the third start trains."""
+    (tmp_path / "model").symlink_to(folder / "model")
+    job = small_job(tmp_path, name="corrected", train={"max_steps": 2, "global_batch_size": 1})
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    assert main(["run", str(path)]) == 3
+    (tmp_path / "rows.jsonl").write_text("{broken\n")
+    assert main(["run", str(path)]) == 3
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD) + "\n")
+    assert main(["run", str(path)]) == 0, capfd.readouterr().err
+
+
+def test_a_wrong_row_in_a_late_shard_is_told_after_saving(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], local_ray: None
+) -> None:
+    """Found while training runs: the ranks save first, then the run ends with 3; the same rows end it at once."""
+    for name in ("model", "rows.jsonl"):
+        (tmp_path / name).symlink_to(folder / name)
+    data = {"train": [{"path": str(tmp_path / "rows.jsonl")}], "max_length": 256, "shard_rows": 2}
+    job = small_job(tmp_path, name="late", data=data, train={"max_steps": 100_000})
+    spec = plan_of(job, tmp_path, stage=0, packed=True).train_spec
+    assert len(spec.shards) > WINDOW
+    last = Order.of(spec, job.seed).first_shards()[-1]
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    rows[last] = json.dumps({"messages": [{"role": "user", "content": "nothing is trained here"}]})
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    for _ in range(2):
+        assert main(["run", str(path)]) == 3
+        assert f"line {last + 1}" in capfd.readouterr().err
+    saved = latest(open_store(tmp_path / "runs" / "late"))
+    assert saved is not None
+    rows[last] = json.dumps(GOOD)
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    assert main(["run", str(path)]) == 2
+    assert "the rows of data.train" in capfd.readouterr().err
 
 
 def test_corrupt_checkpoint_is_named_and_never_loaded(

@@ -85,4 +85,5 @@ def test_a_node_goes_and_comes_back(cluster: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(list(measured.values()), expected, rtol=1e-4)
     positions = [row["position"] for row in read_log(store) if row["kind"] == "step"]
     assert positions == [8 * step for step in measured]
-    assert all("repeated" in resume for resume in events(store, "resume")), "growing says what is repeated"
+    # What was saved is never older than a checkpoint under way and the one before it.
+    assert all(resume["repeated"] <= 2 * 5 for resume in events(store, "resume")), events(store, "resume")

@@ -142,3 +142,49 @@ def test_fragments_resume_exactly_at_every_stage(folder: Path, precision: str) -
                 assert equal, name
             elif precision == "fp32":
                 np.testing.assert_allclose(resumed, straight, rtol=1e-4, err_msg=name)
+
+
+#: Options of DeepSpeed's own that rayft knows nothing of, each at a stage that has it.
+PASSED_THROUGH = {
+    "hpZ": (3, {"zero_hpz_partition_size": 2}),
+    "parameters offloaded": (3, {"offload_param": {"device": "cpu"}}),
+    "prefetching off": (3, {"stage3_prefetch_bucket_size": 0}),
+    "small buckets": (2, {"reduce_bucket_size": 2000, "allgather_bucket_size": 2000}),
+}
+
+
+def _passed_through(folder: Path) -> dict[str, tuple[list[float], bool]]:
+    """Losses with each option, and whether 3 + 3 steps end where 6 straight ones do."""
+    from deepspeed.utils import groups
+
+    outcome = {}
+    for name, (stage, zero) in PASSED_THROUGH.items():
+        job = small_job(folder, train={"max_steps": 6}, deepspeed={"zero_optimization": zero})
+        plan = plan_of(job, folder, stage=stage, packed=True)
+        learner = learner_of(plan, folder)
+        first, position = train_steps(learner, plan, folder, 3)
+        saved, updates = state_of(learner), learner.optimizer_step()
+        second, _ = train_steps(learner, plan, folder, 3, first=3, start=position)
+        final = state_of(learner)
+        learner.close()
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, which DeepSpeed makes once in a process
+        learner = learner_of(plan, folder)
+        learner.load(Fragments(saved), updates)  # type: ignore[arg-type]
+        train_steps(learner, plan, folder, 3, first=3, start=position)
+        again = state_of(learner)
+        learner.close()
+        outcome[name] = (
+            [loss for loss, _ in [*first, *second]],
+            all(np.array_equal(final[key], again[key]) for key in final),
+        )
+    return outcome
+
+
+def test_options_of_deepspeed_pass_through(folder: Path) -> None:
+    """Parameter offload, hpZ and bucket sizes change neither the losses nor an exact resume."""
+    plan = plan_of(small_job(folder, train={"max_steps": 6}), folder, stage=0, packed=True)
+    expected, _ = reference_losses(plan, folder, 6)
+    for outcome in run_ranks(_passed_through, 2, folder):
+        for name, (losses, equal) in outcome.items():
+            np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=name)
+            assert equal, name

@@ -7,11 +7,13 @@ data and one undisturbed run to compare with.
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rayft.checkpoint import latest
 from rayft.storage import open_store
 from tests.cluster.steps import plan_of, prepare_folder, reference_losses, small_job
 from tests.runs import (
@@ -143,6 +145,17 @@ def test_second_driver_is_refused_by_a_living_one_and_replaces_a_stopped_one(run
     assert losses(store) == losses(open_store(runs.whole))
 
 
+def test_a_signal_before_training_ends_a_run_with_8(runs: Runs) -> None:
+    """While it prepares, it ends at once, with the code of a run that can be resumed."""
+    store = open_store(runs.uri("early"))
+    with runs.start("early") as run:
+        wait_until("the run to prepare", lambda: store.exists("job.yaml"), run)
+        time.sleep(2)  # anywhere in the start of Ray, the imports and the data
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(timeout_s=60) == 8, run.output()
+        assert "interrupted" in run.output() or "asked to stop" in run.output()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -167,8 +180,7 @@ def test_other_ranks_and_stage_continue_the_curve(runs: Runs, overrides: tuple[s
         wait_until("step 6", step_reached(store, 6), run)
         run.process.send_signal(signal.SIGTERM)
         assert run.wait() == 8, run.output()
-    stopped_at = max(losses(store))
-    assert stopped_at < STEPS
+    assert latest(store) == max(losses(store)) < STEPS
     with rayft("run", str(path), *overrides, log=runs.folder / f"{name}.log") as run:
         assert run.wait() == 0, run.output()
     measured = losses(store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -74,14 +75,20 @@ def test_full_storage_ends_the_run_with_5_and_keeps_the_checkpoint_before(
 
 
 @pytest.mark.full
-def test_failed_checkpoint_does_not_end_a_run_that_goes_on(
+def test_failed_checkpoint_does_not_end_a_run_that_goes_on_until_it_is_asked_to_stop(
     tmp_path: Path, s3_bucket: str, s3_proxy: FaultyProxy
 ) -> None:
+    """And what it saves when asked is committed before it ends, however slow the manifest is."""
     folder = prepare_folder(tmp_path)
     path = job_file(folder, s3_bucket, "goes-on", on_failure="continue", keep=4)
     store = open_store(f"s3://{s3_bucket}/runs/goes-on")
     s3_proxy.add("full", "PUT", "step-6/")
-    with rayft("run", str(path), log=tmp_path / "goes-on.log") as run:
-        assert run.wait() == 0, run.output()
-    assert committed_steps(store) == [3, 9, 12]
+    with rayft("run", str(path), "train.max_steps=100000", log=tmp_path / "goes-on.log") as run:
+        wait_until("step 9 to be committed", lambda: 9 in committed_steps(store), run)
+        s3_proxy.add("slow", "PUT", "/manifest", seconds=8)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 8, run.output()
+    s3_proxy.clear()
+    assert 6 not in committed_steps(store)
+    assert latest(store) == max(losses(store))
     assert any("checkpoint failed" in event["message"] for event in events(store, "failure"))

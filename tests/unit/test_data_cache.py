@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rayft.data.cache import ShardInfo, plan_cache, prepare_shard, refuse_empty, shard_info
-from rayft.data.corpus import Corpus
+from rayft.data.corpus import Corpus, NoMoreShards
 from rayft.data.formats import Text
 from rayft.data.template import ChatTokenizer
 from rayft.errors import DataError, StorageError, WorkerError
@@ -188,6 +188,21 @@ def test_reading_waits_for_a_shard_that_is_being_made(tmp_path: Path) -> None:
     prepare_shard(spec, 1, cache, node_dir=tmp_path)
     reader.join(60)
     assert [len(documents) for documents in found] == [1]
+
+
+def test_waiting_for_a_shard_can_be_ended(tmp_path: Path) -> None:
+    """By whoever knows that no more are made; a shard made last of all is still read."""
+    data = data_of(write_jsonl(tmp_path / "a.jsonl", chat_rows(8)))
+    spec = plan_cache(data.train, data, family_tokenizer("chatml"), node_dir=tmp_path)
+    cache = open_store(tmp_path / "cache")
+    with pytest.raises(NoMoreShards, match=r"a\.jsonl rows 1 to 4"):
+        Corpus(spec, cache, node_dir=tmp_path, on_wait=lambda: True).documents(0)
+
+    def last() -> bool:
+        prepare_shard(spec, 0, cache, node_dir=tmp_path)
+        return True
+
+    assert len(Corpus(spec, cache, node_dir=tmp_path, on_wait=last).documents(0)) == 1
 
 
 def test_waiting_for_a_shard_ends_and_names_it(tmp_path: Path) -> None:
