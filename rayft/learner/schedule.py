@@ -14,8 +14,8 @@ def warmup_steps(train: Train, total_steps: int) -> int:
     )
 
 
-def learning_rate(train: Train, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (0-based) out of `total_steps`.
+def learning_rate(train: Train, step: float, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (0-based; between two where rows were dropped) out of `total_steps`.
 
     Warm-up rises linearly from 1/(w+1) of the peak; after it constant, linear, cosine (SGDR without restarts,
     arXiv:1608.03983) or warm-up-stable-decay with a linear tail (arXiv:2404.06395), down to `min_lr_ratio`.

@@ -145,18 +145,16 @@ class Train(Group):
         description="Rows per optimizer step over all ranks (default 16 if tokens_per_step is not given).",
     )
     tokens_per_step: PositiveInt | None = Field(
-        None, description="Instead of global_batch_size: tokens per optimizer step over all ranks."
+        None,
+        description="Instead of global_batch_size: tokens per optimizer step over all ranks. Epochs of such steps can "
+        "only be counted when all rows are tokenised, so training waits for that unless max_steps is given.",
     )
     micro_batch_size: PositiveInt = Field(
         1,
         description="Rows (unpacked) or packs of data.max_length tokens (packed) per forward pass of a rank.",
     )
     num_train_epochs: PositiveFloat = 1.0
-    max_steps: PositiveInt | None = Field(
-        None,
-        description="Optimizer steps; overrides num_train_epochs. With it, training starts while later shards are "
-        "still tokenised; an epoch's steps can only be counted when all are.",
-    )
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; overrides num_train_epochs.")
     learning_rate: PositiveFloat = 1e-5
     lr_scheduler: Literal["constant", "linear", "cosine", "wsd"] = Field(
         "cosine", description="wsd: warm-up, stable, linear decay over the last `decay_ratio`."

@@ -24,12 +24,22 @@ class Budget(FailureConfig):
 
     @property  # type: ignore[override]
     def max_failures(self) -> int:
-        try:
-            ended = ray.get(self._recorder.ended.remote(), timeout=ASK_TIMEOUT_S)
-        except Exception:
-            ended = None
-        return 0 if ended is not None else self._max_failures
+        return 0 if self._ended() else self._max_failures
 
     @max_failures.setter
     def max_failures(self, value: int) -> None:
         self._max_failures = value
+
+    @property  # type: ignore[override]
+    def max_preemption_failures(self) -> int:
+        return 0 if self._ended() else self._max_preemption_failures
+
+    @max_preemption_failures.setter
+    def max_preemption_failures(self, value: int) -> None:
+        self._max_preemption_failures = value
+
+    def _ended(self) -> bool:
+        try:
+            return ray.get(self._recorder.ended.remote(), timeout=ASK_TIMEOUT_S) is not None
+        except Exception:
+            return False

@@ -84,6 +84,7 @@ class LateShards:
         if self.error is None:
             try:
                 self._shards.advance(0)
+                self._shards.refuse_empty()
             except RayftError as error:
                 self.error, self._failed_at = error, time.monotonic()
         if self.error is not None and not self._asked and self._shards.idle():

@@ -25,7 +25,8 @@ class RunPlan:
     """All a worker needs to know, decided once by the driver and the same on every rank.
 
     owner: identity of the driver in the lease. stage: ZeRO stage. packed: whether documents share a row.
-    train_spec, eval_spec: the tokenised cache. total_steps: optimizer steps of the run; end: position it ends at.
+    train_spec, eval_spec: the tokenised cache. total_steps: optimizer steps of the run
+    (at most, where it ends at position `end`).
     """
 
     job: Job

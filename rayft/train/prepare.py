@@ -93,6 +93,11 @@ class Shards:
         for ref in ready:
             self.infos[self._running.pop(ref)] = _result(ref)
 
+    def refuse_empty(self) -> None:
+        """Once all shards are there, raise DataError for a source none of whose rows is left."""
+        if self.done:
+            refuse_empty(self.spec, [self.infos[i] for i in range(len(self.spec.shards))])
+
     def idle(self) -> bool:
         """Whether no task runs. After one has failed no other is started."""
         if self._running:
@@ -134,18 +139,18 @@ def prepare(
     order = Order.of(spec, job.seed)
     at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
     shards = Shards(spec, cache_uri, _shard_order(spec, order), at_once)
-    if job.train.max_steps is None:
-        shards.wait()
-        refuse_empty(spec, [shards.infos[i] for i in range(len(spec.shards))])
+    end = None if job.train.max_steps else math.ceil(job.train.num_train_epochs * order.epoch_rows())
+    if job.train.tokens_per_step and end is not None:
+        shards.wait()  # how many steps there are depends on every row's length
     else:
         shards.wait(count=1)
+    shards.refuse_empty()
     if eval_spec is not None:
         eval_shards = Shards(eval_spec, cache_uri, list(range(len(eval_spec.shards))), at_once)
         eval_shards.wait()
         refuse_empty(eval_spec, [eval_shards.infos[i] for i in range(len(eval_spec.shards))])
     say(f"data: {describe(shards.infos.values(), spec)} in {time.monotonic() - began:.1f} s")
-    end = None if job.train.max_steps else math.ceil(job.train.num_train_epochs * order.epoch_rows())
-    total = job.train.max_steps or _count_steps(job, spec, order, cache_uri, packed, end)
+    total = _total_steps(job, spec, order, cache_uri, packed, end)
     every = job.checkpoint.every_steps or max(1, min(500, total // 10))
     plan = RunPlan(job, run_uri, owner, stage, packed, spec, eval_spec, cache_uri, total, end, every)
     return Prepared(plan, files, shards, memory)
@@ -235,10 +240,16 @@ def _shard_order(spec: CacheSpec, order: Order) -> list[int]:
     return [by_first[first] for first in order.first_shards()]
 
 
-def _count_steps(
+def _total_steps(
     job: Job, spec: CacheSpec, order: Order, cache_uri: str, packed: bool, end: int | None
 ) -> int:
-    """Optimizer steps until `end`, by planning each: which rows are dropped decides how far a step reaches."""
+    """Optimizer steps until `end`. Of `global_batch_size` rows each there may be fewer, where rows are dropped; of
+    `tokens_per_step` they are counted by planning each."""
+    if end is None:
+        assert job.train.max_steps is not None
+        return job.train.max_steps
+    if job.train.global_batch_size:
+        return math.ceil(end / job.train.global_batch_size)
     corpus = Corpus(spec, open_store(cache_uri), node_dir=node_cache_dir() / "data")
     position, steps = 0, 0
     while True:

@@ -80,12 +80,15 @@ class Worker:
                 step_plan = self._plan_step()
             except NoMoreShards:
                 self._stop()
+            if step_plan.rows == 0:
+                break  # what is left of the epoch was dropped
+            rate = self._learning_rate()
             setup.seed_step(self.job.seed, self.step, self.rank)
             planned = time.perf_counter()
             result = self.learner.step(
                 self._batches(step_plan.micro_batches[self.rank]),
                 step_plan.trained_tokens,
-                learning_rate(self.job.train, self.step, self.plan.total_steps),
+                rate,
             )
             self.step, self.position = self.step + 1, step_plan.next_position
             self.tokens += step_plan.tokens
@@ -95,7 +98,7 @@ class Worker:
                 self._evaluate()
             stop = setup.agree(bool(self.stop_reason), self.learner.device)
             result.seconds |= {"data": planned - started, "checkpoint": self.saving_s}
-            self._record(step_plan, result, time.perf_counter() - started)
+            self._record(step_plan, result, rate, time.perf_counter() - started)
             if (
                 self.stopping.stop
                 or self._due(self.plan.checkpoint_every)
@@ -104,6 +107,8 @@ class Worker:
                 self._save()
             if stop:
                 self._stop()
+        if self.step > self.saved_step:
+            self._save()
         self._finish_saving()
         self._suites("after")
         self.learner.close()
@@ -195,10 +200,10 @@ class Worker:
             if self.rank == 0:
                 ray.get(self.recorder.flush.remote(), timeout=FLUSH_TIMEOUT_S)
             self.writer.save(self.step, self.learner.fragments(), state)
+            self.saved_step = self.step
         except StorageError as error:
             self._checkpoint_failed(error)
         self._look_at_commits()
-        self.saved_step = self.step
         self.saving_s = time.perf_counter() - began
 
     def _finish_saving(self) -> None:
@@ -224,7 +229,13 @@ class Worker:
     def _cleanup_failed(self, error: Exception) -> None:
         self.recorder.event.remote("failure", f"old checkpoints could not be deleted: {error}")
 
-    def _record(self, step_plan: StepPlan, result: StepResult, seconds: float) -> None:
+    def _learning_rate(self) -> float:
+        """The next step's. In epochs of rows it follows the position, since how many are dropped is not known yet."""
+        rows = self.job.train.global_batch_size
+        step = self.position / rows if rows and self.plan.end is not None else self.step
+        return learning_rate(self.job.train, step, self.plan.total_steps)
+
+    def _record(self, step_plan: StepPlan, result: StepResult, rate: float, seconds: float) -> None:
         peaks = setup.gather(self.learner.peak_memory_gb())
         row = {
             "kind": "step",
@@ -232,7 +243,7 @@ class Worker:
             "position": self.position,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
-            "learning_rate": learning_rate(self.job.train, self.step - 1, self.plan.total_steps),
+            "learning_rate": rate,
             "rows": step_plan.rows,
             "tokens": step_plan.tokens,
             "trained_tokens": step_plan.trained_tokens,
