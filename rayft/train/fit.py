@@ -27,6 +27,8 @@ from rayft.train.watch import Watch
 
 #: Seconds that an elastic group waits for its resources before its size is chosen again.
 ELASTIC_WAIT_S = 30.0
+#: How often tasks that tokenise are looked at: as many as there are CPUs run at once, and each takes a second or so.
+SHARDS_EVERY_S = 0.2
 
 
 @dataclass
@@ -56,8 +58,12 @@ def fit_group(prepared: Prepared, recorder: Any, watch: Watch, lease: Lease, sig
     with signals.asking(ask_to_stop):
         thread.start()
         while thread.is_alive():
-            thread.join(timeout=watch.interval_s)
-            data.advance()
+            looked = time.monotonic()
+            while thread.is_alive() and time.monotonic() - looked < watch.interval_s:
+                data.advance()
+                thread.join(
+                    timeout=watch.interval_s if data.settled else min(SHARDS_EVERY_S, watch.interval_s)
+                )
             watch.look()
             refuse_lost(lease)
     watch.show_rows()
@@ -78,6 +84,11 @@ class LateShards:
         self._shards, self._ask_to_stop, self._patience_s = shards, ask_to_stop, patience_s
         self._failed_at = 0.0
         self._asked = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether all shards are made, or none will be any more."""
+        return self._asked or self._shards.done
 
     def advance(self) -> None:
         """Look after the tasks. Raises the error of one that failed if the ranks have not stopped in `patience_s`."""
