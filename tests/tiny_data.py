@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rayft.data.cache import CacheSpec, plan_cache, prepare_shard
 from rayft.data.corpus import Corpus
+from rayft.data.formats import EXAMPLES, Format
 from rayft.data.template import ChatTokenizer
 from rayft.spec import Data
 from rayft.storage import open_store
@@ -155,9 +156,11 @@ def chat_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def corpus_of(data: Data, tokenizer: ChatTokenizer, folder: Path) -> tuple[CacheSpec, Corpus]:
+def corpus_of(
+    data: Data, tokenizer: ChatTokenizer, folder: Path, allowed: Sequence[Format] = EXAMPLES
+) -> tuple[CacheSpec, Corpus]:
     """All shards of `data.train` prepared in `folder`, and the corpus that reads them."""
-    spec = plan_cache(data.train, data, tokenizer, node_dir=folder / "node")
+    spec = plan_cache(data.train, data, tokenizer, node_dir=folder / "node", allowed=allowed)
     cache = open_store(folder / "cache")
     for index in range(len(spec.shards)):
         prepare_shard(spec, index, cache, node_dir=folder / "node")

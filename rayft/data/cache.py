@@ -8,7 +8,9 @@ needs the same tokens finds the same object, and nothing is ever stale. It is a 
 - `offsets` int64[documents + 1]: where each document begins in `tokens`
 - `targets` int32[documents]: trained tokens of each document
 - `row_documents` int64[rows + 1]: the documents of each row; none where it was dropped, several where a chat template
-  needs that (`rayft.data.template`)
+  needs that (`rayft.data.template`), and one per answer, best first, of rows that compare answers
+- of those rows also `values` float64[rows], a pair's margin or a single answer's label (`rayft.data.comparisons`), and
+  `digests` int64[documents], equal where documents are
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from rayft.data.formats import Format, Row, detect_format, normalise, rename
+from rayft.data.comparisons import Comparison, read_row
+from rayft.data.formats import COMPARISONS, EXAMPLES, Format, Row, detect_format, rename
 from rayft.data.read import Table, open_tables, read_rows
 from rayft.data.template import ChatTokenizer, Sample
 from rayft.errors import DataError
@@ -88,6 +91,11 @@ class CacheSpec:
     def rows(self) -> int:
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def compares(self) -> bool:
+        """Whether the rows compare answers; a method's layouts all do, or none."""
+        return self.layouts[0] in COMPARISONS
+
     def where(self, shard: ShardTask) -> str:
         """The rows of a shard, for messages."""
         table = self.tables[shard.source][shard.table]
@@ -95,11 +103,17 @@ class CacheSpec:
 
 
 def plan_cache(
-    sources: Iterable[Source], data: Data, tokenizer: ChatTokenizer, *, node_dir: Path
+    sources: Iterable[Source],
+    data: Data,
+    tokenizer: ChatTokenizer,
+    *,
+    node_dir: Path,
+    allowed: Sequence[Format] = EXAMPLES,
 ) -> CacheSpec:
     """Look at all sources and divide them into shards. Reads every byte once and tokenises nothing.
 
-    `node_dir`: where this node keeps S3 objects. Raises DataError for sources without rows or with unclear columns.
+    `node_dir`: where this node keeps S3 objects. `allowed`: layouts that the method can learn from. Raises DataError for
+    sources without rows or with unclear columns.
     """
     sources = tuple(sources)
     layouts: list[Format] = []
@@ -109,7 +123,7 @@ def plan_cache(
     rules = [CACHE_VERSION, tokenizer.identity, data.max_length, data.too_long]
     for number, source in enumerate(sources):
         own = open_tables(source, every=data.shard_rows, node_dir=node_dir)
-        layouts.append(_layout(source, own[0], node_dir))
+        layouts.append(_layout(source, own[0], node_dir, allowed))
         tables.append(tuple(own))
         for table, first, rows in _ranges(own, data.shard_rows, source.limit):
             meaning = [layouts[-1], sorted(source.columns.items()), source.system]
@@ -135,8 +149,11 @@ def prepare_shard(spec: CacheSpec, index: int, cache: Store, *, node_dir: Path) 
         pass
     count: Counter[str] = Counter()
     kept: list[list[Sample]] = []
-    for where, samples in encode_rows(spec, shard, node_dir=node_dir):
-        kept.append(fit(samples, spec.max_length, spec.too_long, where, count))
+    values: list[float] = []
+    for where, samples, value in encode_rows(spec, shard, node_dir=node_dir):
+        rule = fit if value is None else fit_answers
+        kept.append(rule(samples, spec.max_length, spec.too_long, where, count))
+        values += [] if value is None else [value]
     documents = [sample for row in kept for sample in row]
     ids = [sample.ids for sample in documents]
     trained = [sample.trained for sample in documents]
@@ -157,6 +174,9 @@ def prepare_shard(spec: CacheSpec, index: int, cache: Store, *, node_dir: Path) 
         "targets": targets,
         "row_documents": np.cumsum([0, *map(len, kept)], dtype=np.int64),
     }
+    if spec.compares:
+        arrays["values"] = np.array(values, dtype=np.float64)
+        arrays["digests"] = np.array([_document_digest(one) for one in ids], dtype=np.int64)
     metadata = {"info": json.dumps(asdict(info)), "rows": spec.where(shard)}
     cache.put(shard.key, save(arrays, metadata))
     return info
@@ -182,24 +202,27 @@ def refuse_empty(spec: CacheSpec, infos: Iterable[ShardInfo]) -> None:
             )
 
 
-def encode_rows(spec: CacheSpec, shard: ShardTask, *, node_dir: Path) -> Iterator[tuple[str, list[Sample]]]:
-    """Each row of a shard as documents of any length, with the words that name the row in an error."""
+def encode_rows(
+    spec: CacheSpec, shard: ShardTask, *, node_dir: Path
+) -> Iterator[tuple[str, list[Sample], float | None]]:
+    """Each row of a shard: the words that name it in an error, its documents of any length, its value if it compares."""
     table = spec.tables[shard.source][shard.table]
     source, layout = spec.sources[shard.source], spec.layouts[shard.source]
     wheres: list[str] = []
-    rows: list[Row] = []
+    rows: list[Row | Comparison] = []
 
-    def flush() -> Iterator[tuple[str, list[Sample]]]:
-        for where, result in zip(wheres, spec.tokenizer.encode_batch(rows, wheres), strict=True):
+    def flush() -> Iterator[tuple[str, list[Sample], float | None]]:
+        results = spec.tokenizer.encode_batch(rows, wheres)
+        for where, row, result in zip(wheres, rows, results, strict=True):
             if isinstance(result, DataError):
                 raise result
-            yield where, result
+            yield where, result, row.value if isinstance(row, Comparison) else None
         wheres.clear()
         rows.clear()
 
     for where, row in read_rows(table, shard.first, shard.rows, node_dir):
         wheres.append(where)
-        rows.append(normalise(row, layout, source, where))
+        rows.append(read_row(row, layout, source, where))
         if len(rows) == BATCH_ROWS:
             yield from flush()
     yield from flush()
@@ -231,11 +254,50 @@ def fit(
     return kept
 
 
-def _layout(source: Source, table: Table, node_dir: Path) -> Format:
-    if source.format != "auto":
-        return source.format
-    where, row = next(read_rows(table, 0, 1, node_dir))
-    return detect_format(rename(row, source, where), where)
+def fit_answers(
+    samples: list[Sample], max_length: int, too_long: str, where: str, count: Counter[str]
+) -> list[Sample]:
+    """All answers of a row, or none: what is cut is the beginning of the prompt, of all answers alike.
+
+    A begin token stays. Raises DataError where the rule is `error`.
+    """
+    excess = max(len(sample.ids) for sample in samples) - max_length
+    if excess <= 0:
+        return samples
+    if too_long == "error":
+        raise DataError(
+            f"{where} has an answer that makes {excess + max_length} tokens, more than data.max_length {max_length}.",
+            "Raise data.max_length, or set data.too_long to drop or truncate.",
+        )
+    if too_long == "drop":
+        count["too_long"] += 1
+        return []
+    # The first token of a prompt may be one that every text begins with; one more of the prompt must be left.
+    if excess + 2 > min(int(np.flatnonzero(sample.trained)[0]) for sample in samples):
+        count["answer_cut"] += 1
+        return []
+    count["truncated"] += 1
+    left = np.r_[0, 1 + excess : max(len(sample.ids) for sample in samples)]
+    return [
+        Sample(sample.ids[left[left < len(sample.ids)]], sample.trained[left[left < len(sample.ids)]])
+        for sample in samples
+    ]
+
+
+def _document_digest(ids: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little", signed=True)
+
+
+def _layout(source: Source, table: Table, node_dir: Path, allowed: Sequence[Format]) -> Format:
+    if source.format == "auto":
+        where, row = next(read_rows(table, 0, 1, node_dir))
+        return detect_format(rename(row, source, where), where, allowed)
+    if source.format not in allowed:
+        raise DataError(
+            f"The source {source.path} is of the format {source.format}, which this method cannot learn from.",
+            f"It takes {', '.join(allowed)} rows.",
+        )
+    return source.format
 
 
 def _ranges(tables: list[Table], shard_rows: int, limit: int | None) -> Iterator[tuple[int, int, int]]:

@@ -21,7 +21,12 @@ from rayft.storage import Store, node_cache
 #: Shards kept mapped by a process; more are opened again when needed.
 OPEN_SHARDS = 1024
 
-_DTYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "U8": np.dtype("u1"),
+    "F64": np.dtype("<f8"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class _Shard:
     offsets: np.ndarray
     targets: np.ndarray
     row_documents: np.ndarray
+    values: np.ndarray | None = None
+    digests: np.ndarray | None = None
 
 
 class NoMoreShards(Exception):
@@ -87,6 +94,26 @@ class Corpus:
         shard = self._shard(document >> 32)
         bits = np.unpackbits(shard.trained[start // 8 : (end + 7) // 8])
         return Sample(shard.tokens[start:end], bits[start % 8 :][: end - start].astype(np.bool_))
+
+    def answers(self, document: int) -> tuple[range, float]:
+        """All documents of the row that holds `document`, and the row's value; for rows that compare answers."""
+        shard = self._shard(document >> 32)
+        row = int(np.searchsorted(shard.row_documents, document & 0xFFFFFFFF, side="right")) - 1
+        start, end = shard.row_documents[row : row + 2]
+        base = document >> 32 << 32
+        assert shard.values is not None
+        return range(base + int(start), base + int(end)), float(shard.values[row])
+
+    def prompt_length(self, document: int) -> int:
+        """Tokens before the first trained one."""
+        return int(np.flatnonzero(self.sample(document).trained)[0])
+
+    def digests(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of shard `index`: `digests` int64[documents], `row_documents` and `values` as `rayft.data.cache` has them."""
+        shard = self._shard(index)
+        assert shard.digests is not None
+        assert shard.values is not None
+        return shard.digests, shard.row_documents, shard.values
 
     def _span(self, document: int) -> tuple[int, int]:
         start, end = self._shard(document >> 32).offsets[document & 0xFFFFFFFF :][:2]

@@ -16,7 +16,7 @@ import numpy as np
 
 from rayft.data.cache import BATCH_ROWS, CacheSpec, ShardTask, plan_cache
 from rayft.data.findings import Findings, Level, Shown
-from rayft.data.formats import Conversation, Row, detect_format, normalise
+from rayft.data.formats import Conversation, Row, detect_format, layouts_of, normalise
 from rayft.data.leakage import Duplicates, HeldOut, Wording, wording, wording_of_columns
 from rayft.data.order import Order
 from rayft.data.packing import efficiency, pack
@@ -86,7 +86,7 @@ def check(
 
     Raises DataError where nothing can be looked at: no such file, no rows, columns that fit no layout.
     """
-    spec = plan_cache(job.data.train, job.data, tokenizer, node_dir=node_dir)
+    spec = plan_cache(job.data.train, job.data, tokenizer, node_dir=node_dir, allowed=layouts_of(job))
     findings = Findings(rows_in_all=spec.rows, max_length=job.data.max_length)
     wrong = _Wrong()
     held_out = _held_out(job, tokenizer, wrong, node_dir)
@@ -239,7 +239,7 @@ def _held_out(job: Job, tokenizer: ChatTokenizer, wrong: _Wrong, node_dir: Path)
     """Rows of data.eval and of the suites; evaluation rows are examined as training rows are."""
     held_out = HeldOut()
     if job.data.eval:
-        spec = plan_cache(job.data.eval, job.data, tokenizer, node_dir=node_dir)
+        spec = plan_cache(job.data.eval, job.data, tokenizer, node_dir=node_dir, allowed=layouts_of(job))
         for shard in _shards(spec, job.seed, MAX_ROWS):
             for where, row, _ in _examine(spec, shard, wrong, node_dir):
                 held_out.add(where, wording(row))
@@ -284,7 +284,7 @@ def _simulate_steps(findings: Findings, job: Job) -> None:
         tokens += sum(step)
         slots += len(packed_layout(step, data.max_length, train.micro_batch_size, world_size))
         padded = padded_layout(step, data.max_length, train.micro_batch_size, world_size)
-        computed += sum(padded_size(slot, step) for slot in padded)
+        computed += sum(padded_size(slot, [[length] for length in step]) for slot in padded)
     packs = pack(lengths, data.max_length)
     findings.packing_efficiency = efficiency(lengths, packs, data.max_length)
     findings.micro_batch_fill = tokens / (slots * data.max_length * train.micro_batch_size)

@@ -1,21 +1,24 @@
 """Column layouts of rows: which one a source has, and what a row of it means.
 
 The names are those of TRL and the OpenAI API (`text`, `messages`, `prompt`/`completion`); alpaca and sharegpt rows
-are converted. A row becomes one of three things: `Text`, `PromptCompletion` (plain strings) or `Conversation`.
+are converted. A row becomes one of three things: `Text`, `PromptCompletion` (plain strings) or `Conversation`; one
+that compares answers becomes a `Comparison` (`rayft.data.comparisons`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rayft.data.messages import check_messages, check_tools
 from rayft.errors import DataError
-from rayft.spec import Source
+from rayft.spec import Job, Source
 
-Format = Literal["text", "messages", "prompt_completion", "alpaca", "sharegpt"]
+Format = Literal[
+    "text", "messages", "prompt_completion", "alpaca", "sharegpt", "preference", "ranked", "labelled"
+]
 
 #: Columns that a layout needs; `columns` of a source renames to these.
 REQUIRED: dict[Format, tuple[str, ...]] = {
@@ -24,7 +27,14 @@ REQUIRED: dict[Format, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
+    "preference": ("chosen", "rejected"),
+    "ranked": ("prompt", "completions"),
+    "labelled": ("prompt", "completion", "label"),
 }
+
+#: Layouts that show what to say, and those that say how good answers are (`rayft.data.comparisons`).
+EXAMPLES: tuple[Format, ...] = ("text", "messages", "prompt_completion", "alpaca", "sharegpt")
+COMPARISONS: tuple[Format, ...] = ("preference", "ranked", "labelled")
 
 #: Roles of sharegpt dumps and what they are called in `messages`.
 SHAREGPT_ROLES = {
@@ -37,6 +47,13 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+
+
+def layouts_of(job: Job) -> tuple[Format, ...]:
+    """The layouts that a job's method learns from."""
+    if job.method == "dpo":
+        return ("labelled",) if job.dpo.loss == "kto" else ("preference",)
+    return COMPARISONS if job.method == "reward" else EXAMPLES
 
 
 @dataclass(frozen=True)
@@ -71,18 +88,25 @@ class Conversation:
 Row = Text | PromptCompletion | Conversation
 
 
-def detect_format(columns: Iterable[str], where: str) -> Format:
-    """The one layout whose columns are all there. Raises DataError naming the candidates if there are none or two."""
+def detect_format(columns: Iterable[str], where: str, layouts: Sequence[Format] = EXAMPLES) -> Format:
+    """The one of `layouts` whose columns are all there. Raises DataError naming the candidates if there are none or two."""
     present = set(columns)
-    found = [name for name, needed in REQUIRED.items() if present.issuperset(needed)]
+    fitting = [name for name, needed in REQUIRED.items() if present.issuperset(needed)]
+    found = [name for name in fitting if name in layouts]
     if len(found) == 1:
         return found[0]
     listed = ", ".join(sorted(present)) or "none"
+    if not found and fitting:
+        raise DataError(
+            f"{where}: the columns ({listed}) are those of {' and '.join(fitting)} rows, which this method cannot learn from.",
+            f"It takes {', '.join(layouts)} rows. Methods: sft imitates answers, reward and dpo learn from comparisons "
+            "(dpo.loss kto from labels).",
+        )
     if not found:
-        layouts = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in REQUIRED.items())
+        layouts_ = "; ".join(f"{name}: {' + '.join(REQUIRED[name])}" for name in layouts)
         raise DataError(
             f"{where}: the columns ({listed}) fit no known layout.",
-            f"Rename them with `columns` of the source, {{field: column}}. Layouts: {layouts}.",
+            f"Rename them with `columns` of the source, {{field: column}}. Layouts: {layouts_}.",
         )
     raise DataError(
         f"{where}: the columns ({listed}) fit {' and '.join(found)}.",
@@ -107,22 +131,27 @@ def rename(row: dict[str, Any], source: Source, where: str) -> dict[str, Any]:
 def normalise(row: dict[str, Any], layout: Format, source: Source, where: str) -> Row:
     """What one row means. Raises DataError naming the row (`where`), the column and what is wrong with it."""
     row = rename(row, source, where)
+    refuse_missing(row, layout, where)
+    if layout == "text":
+        return Text(_string(row, "text", where))
+    if layout == "prompt_completion":
+        return prompt_completion(row, source, where)
+    if layout == "messages":
+        return conversation(json_value(row["messages"], "'messages'", where), row, source, where)
+    messages = _from_alpaca(row, where) if layout == "alpaca" else _from_sharegpt(row, where)
+    return conversation(messages, row, source, where)
+
+
+def refuse_missing(row: dict[str, Any], layout: Format, where: str) -> None:
+    """Raise DataError where a column that the layout needs is missing or null."""
     for field in REQUIRED[layout]:
         if row.get(field) is None:
             raise DataError(
                 f"{where}: the column {field!r} is missing or null.", f"Every {layout} row needs it."
             )
-    if layout == "text":
-        return Text(_string(row, "text", where))
-    if layout == "prompt_completion":
-        return _prompt_completion(row, source, where)
-    if layout == "messages":
-        return _conversation(_json(row["messages"], "'messages'", where), row, source, where)
-    messages = _from_alpaca(row, where) if layout == "alpaca" else _from_sharegpt(row, where)
-    return _conversation(messages, row, source, where)
 
 
-def _conversation(
+def conversation(
     messages: Any, row: dict[str, Any], source: Source, where: str, completion_from: int | None = None
 ) -> Conversation:
     checked, train = check_messages(messages, where)
@@ -130,11 +159,11 @@ def _conversation(
         checked.insert(0, {"role": "system", "content": source.system})
         train.insert(0, None)
         completion_from = None if completion_from is None else completion_from + 1
-    tools = check_tools(_json(row.get("tools"), "'tools'", where), where)
+    tools = check_tools(json_value(row.get("tools"), "'tools'", where), where)
     return Conversation(checked, tools, train, completion_from)
 
 
-def _prompt_completion(row: dict[str, Any], source: Source, where: str) -> Row:
+def prompt_completion(row: dict[str, Any], source: Source, where: str) -> Row:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion:
@@ -148,16 +177,16 @@ def _prompt_completion(row: dict[str, Any], source: Source, where: str) -> Row:
     for field, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, list) or not value:
             raise DataError(
-                f"{where}: {field!r} is {_kind(value)}.", "It must be a string or a list of messages."
+                f"{where}: {field!r} is {kind_of(value)}.", "It must be a string or a list of messages."
             )
-    return _conversation([*prompt, *completion], row, source, where, completion_from=len(prompt))
+    return conversation([*prompt, *completion], row, source, where, completion_from=len(prompt))
 
 
 def _from_alpaca(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     if row.get("system"):
         messages.append({"role": "system", "content": _string(row, "system", where)})
-    for turn in _json(row.get("history"), "'history'", where) or []:
+    for turn in json_value(row.get("history"), "'history'", where) or []:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
             raise DataError(f"{where}: 'history' must be a list of [question, answer] pairs.")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -172,10 +201,10 @@ def _from_alpaca(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _from_sharegpt(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    turns = _json(row["conversations"], "'conversations'", where)
+    turns = json_value(row["conversations"], "'conversations'", where)
     if not isinstance(turns, list) or not turns:
         raise DataError(
-            f"{where}: 'conversations' is {_kind(turns)}.", "It must be a list of {from, value} turns."
+            f"{where}: 'conversations' is {kind_of(turns)}.", "It must be a list of {from, value} turns."
         )
     messages: list[dict[str, Any]] = []
     if row.get("system"):
@@ -191,7 +220,7 @@ def _from_sharegpt(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
             )
         message = {"role": role, "content": turn["value"]}
         if turn["from"] == "function_call":
-            calls = _json(turn["value"], f"the function call of turn {number}", where)
+            calls = json_value(turn["value"], f"the function call of turn {number}", where)
             message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
         if "weight" in turn or "train" in turn:
             message["train"] = turn.get("train", turn.get("weight"))
@@ -203,13 +232,13 @@ def _string(row: dict[str, Any], field: str, where: str) -> str:
     value = row[field]
     if not isinstance(value, str):
         raise DataError(
-            f"{where}: the column {field!r} is {_kind(value)}.",
+            f"{where}: the column {field!r} is {kind_of(value)}.",
             "It must be a string; map another column with `columns` if this is the wrong one.",
         )
     return value
 
 
-def _json(value: Any, field: str, where: str) -> Any:
+def json_value(value: Any, field: str, where: str) -> Any:
     """CSV and parquet dumps often hold lists as JSON text; other values pass through."""
     if not isinstance(value, str):
         return value
@@ -221,6 +250,6 @@ def _json(value: Any, field: str, where: str) -> Any:
         ) from None
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     names = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number"}
     return "an empty list" if value == [] else names.get(type(value), f"a {type(value).__name__}")

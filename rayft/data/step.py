@@ -27,7 +27,7 @@ class StepPlan:
     """One optimizer step over all ranks. Counts are global.
 
     `rows` were read and kept; `documents`, `tokens` and `trained_tokens` are what they hold; `computed_tokens` counts
-    padding too. `micro_batches[rank]` has the same length for all ranks; an empty micro-batch fills up.
+    padding too. `row_documents` are the documents of each row, in the order of reading. `micro_batches[rank]` has the same length for all ranks; an empty micro-batch fills up.
     """
 
     position: int
@@ -37,6 +37,7 @@ class StepPlan:
     tokens: int
     trained_tokens: int
     computed_tokens: int
+    row_documents: list[range]
     micro_batches: list[list[MicroBatch]]
 
     @property
@@ -55,32 +56,48 @@ def plan_step(
     packed: bool,
     world_size: int,
     end: int | None = None,
+    together: bool = False,
 ) -> StepPlan:
     """Plan the step that begins at `position`; positions from `end` on are not read. Waits for the shards it needs.
 
     A step takes `global_batch_size` rows, or rows while `tokens_per_step` holds (always one). Dropped rows are passed
-    over. With no rows left before `end` the plan has `rows` 0. Raises DataError if a whole epoch holds no usable row.
+    over. With `together` all documents of a row are in one micro-batch. With no rows left before `end` the plan has
+    `rows` 0. Raises DataError if a whole epoch holds no usable row.
     """
     rows, next_position = _take_rows(corpus, order, position, train, end)
     documents = [document for row in rows for document in row]
-    lengths = [corpus.length(document) for document in documents]
-    layout = packed_layout if packed else padded_layout
-    slots = layout(lengths, data.max_length, train.micro_batch_size, world_size) if documents else []
+    # What is never divided: a row, or a document.
+    units = [list(row) for row in rows] if together else [[document] for document in documents]
+    sizes = [[corpus.length(document) for document in unit] for unit in units]
+    weight, layout = (sum, packed_layout) if packed else (max, padded_layout)
+    slots = (
+        layout([weight(own) for own in sizes], data.max_length, train.micro_batch_size, world_size)
+        if units
+        else []
+    )
+    loads = [sum(sum(sizes[i]) for row in slot for i in row) for slot in slots]
+    tokens = sum(map(sum, sizes))
     return StepPlan(
         position=position,
         next_position=next_position,
         rows=len(rows),
         documents=len(documents),
-        tokens=sum(lengths),
+        tokens=tokens,
         trained_tokens=sum(map(corpus.trained_count, documents)),
-        computed_tokens=sum(lengths) if packed else sum(padded_size(slot, lengths) for slot in slots),
+        computed_tokens=tokens if packed else sum(padded_size(slot, sizes) for slot in slots),
+        row_documents=rows,
         micro_batches=[
-            [[[documents[i] for i in row] for row in slot] for slot in own]
-            for own in deal(
-                slots, [sum(lengths[i] for row in slot for i in row) for slot in slots], world_size
-            )
+            [_tensor_rows(slot, units, packed) for slot in own] for own in deal(slots, loads, world_size)
         ],
     )
+
+
+def _tensor_rows(slot: list[list[int]], units: list[list[int]], packed: bool) -> MicroBatch:
+    """Documents of each row of the tensor: all of a pack in one, else one in each."""
+    documents = [document for row in slot for i in row for document in units[i]]
+    if packed:
+        return [documents] if documents else []
+    return [[document] for document in documents]
 
 
 def deal(slots: Sequence[MicroBatch], loads: Sequence[int], world_size: int) -> list[list[MicroBatch]]:
@@ -126,8 +143,11 @@ def _take_rows(
 def packed_layout(
     lengths: list[int], max_length: int, micro_batch_size: int, world_size: int
 ) -> list[MicroBatch]:
-    """Micro-batches of one flat row each: as few per rank as capacity allows, as equally full as possible."""
-    capacity = max_length * micro_batch_size
+    """Micro-batches of one flat row each: as few per rank as capacity allows, as equally full as possible.
+
+    A pack grows for a unit (answers that stay together) that is longer than the capacity.
+    """
+    capacity = max(max_length * micro_batch_size, *lengths)
     bins = pack(lengths, capacity)
     count = -(-len(bins) // world_size) * world_size
     even = spread(lengths, count, capacity) or bins + [[] for _ in range(count - len(bins))]
@@ -147,6 +167,7 @@ def padded_layout(lengths: list[int], _: int, micro_batch_size: int, world_size:
     return slots
 
 
-def padded_size(slot: MicroBatch, lengths: list[int]) -> int:
-    """Tokens of an unpacked micro-batch with its padding."""
-    return len(slot) * max((lengths[i] for row in slot for i in row), default=0)
+def padded_size(slot: MicroBatch, sizes: list[list[int]]) -> int:
+    """Tokens of an unpacked micro-batch with its padding. `sizes`: lengths of the documents of each unit."""
+    lengths = [length for row in slot for i in row for length in sizes[i]]
+    return len(lengths) * max(lengths, default=0)

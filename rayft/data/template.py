@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from rayft.data.chat import ChatTemplate, Document, LossOn, Message, Tools
+from rayft.data.comparisons import Comparison
 from rayft.data.formats import Row
 from rayft.errors import DataError, JobError
 
@@ -71,22 +72,39 @@ class ChatTokenizer:
         """Token ids that inference starts from: the messages and the generation prompt. Raises jinja2's TemplateError."""
         return self._backend.encode(self.template.prompt(messages, tools), add_special_tokens=False).ids
 
-    def encode(self, row: Row, where: str = "the row") -> list[Sample]:
+    def encode(self, row: Row | Comparison, where: str = "the row") -> list[Sample]:
         """The documents of one row. Raises DataError naming `where`."""
         result = self.encode_batch([row], [where])[0]
         if isinstance(result, DataError):
             raise result
         return result
 
-    def encode_batch(self, rows: Sequence[Row], wheres: Sequence[str]) -> list[list[Sample] | DataError]:
-        """The documents of each row, or what is wrong with it; all texts are tokenised together."""
-        documents = [
-            _or_error(self.template.documents, row, where) for row, where in zip(rows, wheres, strict=True)
+    def encode_batch(
+        self, rows: Sequence[Row | Comparison], wheres: Sequence[str]
+    ) -> list[list[Sample] | DataError]:
+        """The documents of each row, or what is wrong with it; all texts are tokenised together.
+
+        A comparison has one document per answer, in their order, each ending with the last token of its answer.
+        """
+        flat = [
+            (answer, where)
+            for row, where in zip(rows, wheres, strict=True)
+            for answer in (row.answers if isinstance(row, Comparison) else (row,))
         ]
+        encoded = iter(self._encode(flat))
+        return [
+            _answers([next(encoded) for _ in row.answers], where)
+            if isinstance(row, Comparison)
+            else next(encoded)
+            for row, where in zip(rows, wheres, strict=True)
+        ]
+
+    def _encode(self, rows: list[tuple[Row, str]]) -> list[list[Sample] | DataError]:
+        documents = [_or_error(self.template.documents, row, where) for row, where in rows]
         texts = [document.text for own in documents if isinstance(own, list) for document in own]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         results: list[list[Sample] | DataError] = []
-        for own, where in zip(documents, wheres, strict=True):
+        for own, (_, where) in zip(documents, rows, strict=True):
             if isinstance(own, list):
                 pairs = [(document, next(encodings)) for document in own]
                 results.append(_or_error(self._samples, pairs, where))
@@ -162,6 +180,26 @@ class ChatTokenizer:
 @lru_cache(maxsize=4)
 def _restored(identity: str, pickled: bytes, loss_on: LossOn) -> ChatTokenizer:
     return ChatTokenizer(pickle.loads(pickled), loss_on)
+
+
+def _answers(encoded: list[list[Sample] | DataError], where: str) -> list[Sample] | DataError:
+    """One document per answer, or what is wrong with the first that has none."""
+    answers = []
+    for documents in encoded:
+        if isinstance(documents, DataError):
+            return documents
+        if len(documents) > 1:
+            return DataError(
+                f"{where}: the chat template renders the answer's earlier turns differently once later ones follow, so no "
+                "single text shows the whole answer.",
+                "Compare answers of one assistant turn, or set model.chat_template to one that leaves history as it was.",
+            )
+        (sample,) = documents
+        end = (
+            int(np.flatnonzero(sample.trained)[-1]) + 1
+        )  # the template's white space after the turn is nobody's
+        answers.append(Sample(sample.ids[:end], sample.trained[:end]))
+    return answers
 
 
 def _or_error(function: Any, *arguments: Any) -> Any:

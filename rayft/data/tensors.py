@@ -31,6 +31,66 @@ def micro_batch_tensors(
     return pack_tensors(samples) if packed else pad_tensors(samples, pad_id)
 
 
+def answer_tensors(
+    corpus: Corpus, micro_batch: MicroBatch, *, packed: bool, pad_id: int = 0, whole_first: bool = False
+) -> dict[str, Any]:
+    """The tensors of a micro-batch whose rows compare answers, D documents of R rows with N targets in all.
+
+    Besides those of `sequence_tensors`: in_answer bool[N], row_sizes int64[R], how many documents each row has, and
+    values float32[R]. With `whole_first` the prompt of the first document of each row has targets too.
+    """
+    documents = [document for row in micro_batch for document in row]
+    firsts, sizes, values = _rows_of(corpus, documents)
+    samples = [corpus.sample(document) for document in documents]
+    answers = [sample.trained for sample in samples]
+    if whole_first:
+        samples = [
+            Sample(sample.ids, _all_but_first(sample.ids)) if d in firsts else sample
+            for d, sample in enumerate(samples)
+        ]
+    in_answer = [answer[sample.trained] for answer, sample in zip(answers, samples, strict=True)]
+    return sequence_tensors(samples, packed=packed, pad_id=pad_id) | {
+        "in_answer": torch.from_numpy(np.concatenate([np.empty(0, np.bool_), *in_answer])),
+        "row_sizes": torch.tensor(sizes, dtype=torch.int64),
+        "values": torch.tensor(values, dtype=torch.float32),
+    }
+
+
+def sequence_tensors(samples: Sequence[Sample], *, packed: bool, pad_id: int = 0) -> dict[str, Any]:
+    """Tensors of D documents with N targets: those of `micro_batch_tensors`, and
+
+    last int64[D]: where the last token of each document is in the flattened input_ids. target_document int64[N]: the
+    document of each target, in row-major order.
+    """
+    tensors = pack_tensors(samples) if packed else pad_tensors(samples, pad_id)
+    lengths = np.array([len(sample.ids) for sample in samples], dtype=np.int64)
+    width = tensors["input_ids"].shape[1]
+    starts = np.cumsum(lengths) - lengths if packed else np.arange(len(samples)) * width
+    counts = [int(sample.trained.sum()) for sample in samples]
+    return tensors | {
+        "last": torch.from_numpy(starts + lengths - 1),
+        "target_document": torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
+    }
+
+
+def _rows_of(corpus: Corpus, documents: list[int]) -> tuple[set[int], list[int], list[float]]:
+    """Which documents are the first of their row, how many documents each row has, and the rows' values."""
+    firsts, sizes, values = set(), [], []
+    at = 0
+    while at < len(documents):
+        row, value = corpus.answers(documents[at])
+        assert documents[at : at + len(row)] == list(row), "a row was divided"
+        firsts.add(at)
+        sizes.append(len(row))
+        values.append(value)
+        at += len(row)
+    return firsts, sizes, values
+
+
+def _all_but_first(ids: np.ndarray) -> np.ndarray:
+    return np.arange(len(ids)) > 0
+
+
 def pack_tensors(samples: Sequence[Sample]) -> dict[str, Any]:
     """One flat row of documents: input_ids, targets, position_ids int64[1, T], cu_seqlens int32[D + 1]."""
     samples = samples or [_NOTHING]

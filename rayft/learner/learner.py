@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,8 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass
 class StepResult:
-    """What one optimizer step did. `loss` is the global sum divided by the global denominator, equal on all ranks."""
+    """What one optimizer step did. `loss` is the global sum divided by the global denominator, equal on all ranks,
+    and so are the metrics."""
 
     loss: float
     grad_norm: float
@@ -40,8 +43,8 @@ class ObjectiveModule(nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-        return self.objective.loss(self.model, batch)
+    def forward(self, batch: Batch, function: str = "loss") -> Any:
+        return getattr(self.objective, function)(self.model, batch)
 
 
 class Learner:
@@ -67,7 +70,7 @@ class Learner:
     def step(self, micro_batches: Iterable[Batch], denominator: int, learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches (equal in number on all ranks).
 
-        denominator: global count the summed loss is divided by (for SFT the trained tokens of the whole step).
+        denominator: global count that the summed loss and metrics are divided by, as the objective says.
         Nothing is updated, and `applied` is False, when the gradient norm is not finite.
         """
         self.module.train()
@@ -75,34 +78,46 @@ class Learner:
             group["lr"] = learning_rate
         seconds = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        metrics: dict[str, float] = {}
+        metrics: Counter[str] = Counter()
         for batch in micro_batches:
             started = time.perf_counter()
             loss_sum, batch_metrics = self.engine(self._to_device(batch))
             total += loss_sum.detach().double()
             forwarded = time.perf_counter()
             self.engine.backward(loss_sum * (self.world_size / denominator))
-            for name, value in batch_metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + value
+            metrics.update(batch_metrics)
             seconds["forward"] += forwarded - started
             seconds["backward"] += time.perf_counter() - forwarded
         started = time.perf_counter()
         self.engine.step()
         seconds["optimizer"] = time.perf_counter() - started
+        sums = torch.cat([total[None], total.new_tensor([metrics[name] for name in sorted(metrics)])])
         if self.world_size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(sums)
+        loss, *means = (sums / denominator).tolist()
         norm = self._grad_norm()
-        return StepResult(float(total) / denominator, norm, bool(np.isfinite(norm)), seconds, metrics)
+        named = dict(zip(sorted(metrics), means, strict=True))
+        return StepResult(loss, norm, bool(np.isfinite(norm)), seconds, named)
 
-    @torch.no_grad()
-    def loss(self, micro_batches: Iterable[Batch]) -> float:
-        """Sum of the objective's loss over this rank's micro-batches, without training (equal in number on all ranks)."""
+    def loss(self, micro_batches: Iterable[Batch]) -> tuple[float, dict[str, float]]:
+        """Sums of the objective's loss and metrics over this rank's micro-batches (equal in number on all ranks),
+        without training."""
+        total, metrics = 0.0, Counter[str]()
+        for loss_sum, batch_metrics in self.infer(micro_batches, "loss"):
+            total += float(loss_sum)
+            metrics.update(batch_metrics)
+        return total, dict(metrics)
+
+    def infer(self, micro_batches: Iterable[Batch], function: str) -> Iterator[Any]:
+        """What the objective's `function` gives for each micro-batch, without gradients (equal in number on all ranks)."""
         self.module.eval()
-        total = 0.0
-        for batch in micro_batches:
-            total += float(self.engine(self._to_device(batch))[0])
-        self.module.train()
-        return total
+        try:
+            for batch in micro_batches:
+                with torch.no_grad():
+                    result = self.engine(self._to_device(batch), function)
+                yield result
+        finally:
+            self.module.train()
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's part of the training state: master weights and moments of every trainable parameter.

@@ -77,8 +77,10 @@ def lora_config(model: PreTrainedModel, adapter: Adapter) -> LoraConfig:
     _refuse_unmatched(
         "adapter.modules_to_save", adapter.modules_to_save, [n for n, _ in model.named_modules()]
     )
+    scores = hasattr(model, "score")
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        # Of a sequence classifier PEFT trains the score head in full beside the adapter.
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         r=adapter.lora_r,
         lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]  # PEFT only multiplies with it
         lora_dropout=adapter.lora_dropout,

@@ -15,7 +15,7 @@ def model_card(job: Job, *, adapter: bool, proof: MergeProof | None) -> str:
 
     adapter: the export is a PEFT adapter, not a whole model.
     """
-    metadata = [f"library_name: {'peft' if adapter else 'transformers'}", "tags: [rayft, sft]"]
+    metadata = [f"library_name: {'peft' if adapter else 'transformers'}", f"tags: [rayft, {job.method}]"]
     if is_hub_id(job.model.path):
         metadata.append(f"base_model: {json.dumps(job.model.path)}")
     method = "full fine-tuning" if job.adapter.type == "none" else _adapter_line(job)
@@ -40,7 +40,7 @@ def model_card(job: Job, *, adapter: bool, proof: MergeProof | None) -> str:
         f"| seed | {job.seed} |",
         "",
         "```python",
-        *(_ADAPTER_USE if adapter else _MODEL_USE),
+        *_use(job, adapter),
         "```",
     ]
     if proof:
@@ -48,19 +48,25 @@ def model_card(job: Job, *, adapter: bool, proof: MergeProof | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-_MODEL_USE = (
-    "from transformers import AutoModelForCausalLM, AutoTokenizer",
-    "",
-    'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")',
-    'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-)
-_ADAPTER_USE = (
-    "from peft import AutoPeftModelForCausalLM",
-    "from transformers import AutoTokenizer",
-    "",
-    'model = AutoPeftModelForCausalLM.from_pretrained("PATH")',
-    'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-)
+def _use(job: Job, adapter: bool) -> list[str]:
+    """Lines of Python that load the model."""
+    kind = "SequenceClassification" if job.method == "reward" else "CausalLM"
+    library, name = (
+        ("peft", f"AutoPeftModelFor{kind}") if adapter else ("transformers", f"AutoModelFor{kind}")
+    )
+    imports = (
+        [f"from peft import {name}", "from transformers import AutoTokenizer"]
+        if adapter
+        else [f"from {library} import {name}, AutoTokenizer"]
+    )
+    arguments = f", num_labels={job.reward.heads}" if adapter and job.method == "reward" else ""
+    arguments += "" if adapter else ', dtype="auto"'
+    return [
+        *imports,
+        "",
+        f'model = {name}.from_pretrained("PATH"{arguments})',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+    ]
 
 
 def _adapter_line(job: Job) -> str:

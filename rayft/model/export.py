@@ -30,7 +30,7 @@ from rayft.model.locate import is_hub_id
 from rayft.model.proof import MergeProof, prove_merge
 from rayft.model.shards import TensorSpec, write_shards
 from rayft.model.trained import Adapted, FullyTrained
-from rayft.model.weights import Weights
+from rayft.model.weights import Weights, is_score
 from rayft.spec import Job
 from rayft.storage import Store, open_store
 
@@ -120,7 +120,10 @@ def _write_weights(
     """Weights in the layout of the base model's files, in `dtype`; persistent buffers keep theirs, fp32 or integers."""
     base, module = trained.base, trained.skeleton
     groups = file_groups(base.names, base.conversions)
-    empty = {name: tensor.to(dtype) for name, tensor in module.named_parameters()}
+    empty = {
+        name: tensor.to(torch.float32 if is_score(name) else dtype)
+        for name, tensor in module.named_parameters()
+    }
     empty = {**module.state_dict(), **empty}
     specs = [
         TensorSpec(name, tuple(tensor.shape), tensor.dtype)
@@ -129,15 +132,21 @@ def _write_weights(
     ]
     tensors = (item for group in groups for item in group.results(trained.read, module).items())
     write_shards(folder, specs, tensors, max_shard_bytes)
-    Weights(ModelFiles(folder, "", str(folder), folder), module).close()  # refuses what would not load
+    written = ModelFiles(folder, "", str(folder), folder)
+    Weights(written, module).close()  # refuses what would not load
 
 
 def _write_configs(folder: Path, module: PreTrainedModel, files: ModelFiles, dtype: torch.dtype) -> None:
     config = copy.deepcopy(module.config)
     config.dtype = dtype
     config.architectures = [type(module).__name__]
+    if files.score and config.pad_token_id is None:
+        config.pad_token_id = (
+            config.eos_token_id
+        )  # transformers' own classifiers want one for more than one row
     config.save_pretrained(folder)
-    for file in [files.folder / "generation_config.json", *files.folder.glob("*.py")]:
+    generation = [] if files.score else [files.folder / "generation_config.json"]
+    for file in [*generation, *files.folder.glob("*.py")]:
         if file.exists():
             shutil.copy(file, folder)
 

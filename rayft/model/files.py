@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayft.errors import JobError
 from rayft.model.locate import locate_model, locate_tokenizer
-from rayft.spec import Model
+from rayft.spec import Job, Model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -25,11 +25,20 @@ _INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
+class NewScore:
+    """Score heads that a model gets if its files hold none; `seed` decides what they begin with."""
+
+    heads: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class ModelFiles:
     """Config, tokenizer and safetensors of one model.
 
     folder: Hugging Face format. identity: hex digest of config and weights, equal on every machine that has the same
-    model, however it got there. source: where the job said it comes from. tokenizer: folder of the tokenizer.
+    model, however it got there. source: where the job said it comes from. tokenizer: folder of the tokenizer. score: of
+    a reward model; without it the model is a causal language model.
     """
 
     folder: Path
@@ -37,6 +46,7 @@ class ModelFiles:
     source: str
     tokenizer: Path
     random_weights: bool = False
+    score: NewScore | None = None
 
     @property
     def weights(self) -> list[Path]:
@@ -68,17 +78,33 @@ def resolve_model(model: Model, cache_dir: Path) -> ModelFiles:
     return ModelFiles(folder, identity, model.path, tokenizer, model.random_weights)
 
 
+def job_files(job: Job, cache_dir: Path) -> ModelFiles:
+    """`resolve_model` for what a job trains: a reward model where that is its method."""
+    files = resolve_model(job.model, cache_dir)
+    if job.method != "reward":
+        return files
+    return replace(files, score=NewScore(job.reward.heads, job.seed))
+
+
 def load_config(files: ModelFiles, model: Model) -> PretrainedConfig:
     """The model's config. Raises JobError if transformers does not know the architecture."""
     from transformers import AutoConfig
 
+    labels = {"num_labels": files.score.heads} if files.score else {}
     try:
-        return AutoConfig.from_pretrained(files.folder, trust_remote_code=model.trust_remote_code)
+        return AutoConfig.from_pretrained(files.folder, trust_remote_code=model.trust_remote_code, **labels)
     except (ValueError, OSError) as error:
         raise JobError(
             f"The config of {files.source} cannot be used: {_first_line(error)}",
             "See model.trust_remote_code if the model brings its own code.",
         ) from None
+
+
+def auto_class(files: ModelFiles) -> Any:
+    """transformers' automatic class for the model: a causal language model, or a sequence classifier that scores."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if files.score else AutoModelForCausalLM
 
 
 def load_tokenizer(files: ModelFiles, model: Model) -> PreTrainedTokenizerBase:

@@ -84,12 +84,17 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
+def forward_hidden(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Hidden states of the last layer, [B, T, H]; a pack may come out longer than it went in."""
+    inner = causal_model(model)
+    return inner.base_model(**_inputs(inner, batch))[0]
+
+
 def _forward(model: nn.Module, batch: dict[str, Any], *, summed: bool) -> torch.Tensor:
     inner = causal_model(model)
     if "cu_seqlens" in batch:
         batch = _filled(batch)
-    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-    inputs |= _boundaries(inner, batch)
+    inputs = _inputs(inner, batch)
     targets = batch["targets"].flatten()
     trained = (targets != IGNORE).nonzero().squeeze(1)
     head = inner.get_output_embeddings()
@@ -99,6 +104,14 @@ def _forward(model: nn.Module, batch: dict[str, Any], *, summed: bool) -> torch.
     logits = inner(**inputs).logits.flatten(0, 1).index_select(0, trained).float()
     losses = nn.functional.cross_entropy(logits, targets[trained], reduction="none")
     return losses.sum() if summed else -losses
+
+
+def _inputs(inner: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model's own forward is called with; a pack is filled up first."""
+    if "cu_seqlens" in batch:
+        batch = _filled(batch)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    return inputs | _boundaries(inner, batch)
 
 
 def _linears(head: nn.Module) -> list[Any]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -15,7 +14,7 @@ from transformers import (
 )
 
 from rayft.errors import JobError
-from rayft.model.files import ModelFiles, load_config
+from rayft.model.files import ModelFiles, auto_class, load_config
 from rayft.model.weights import Weights
 from rayft.spec import Model
 
@@ -54,7 +53,7 @@ def build_empty(files: ModelFiles, model: Model, *, dtype: torch.dtype, attentio
     """
     config = load_config(files, model)
     with initialization.no_init_weights():
-        module = _from_config(config, model, dtype, attention)
+        module = _from_config(files, config, model, dtype, attention)
     module.tie_weights()
     if (files.folder / "generation_config.json").exists():
         module.generation_config = GenerationConfig.from_pretrained(files.folder)
@@ -76,7 +75,7 @@ def build_quantized(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class(files).from_pretrained(
         files.folder,
         dtype=dtype,
         quantization_config=quantization,
@@ -133,9 +132,11 @@ def attention_name(config: PretrainedConfig, attention: str) -> str:
     return "rayft_documents"
 
 
-def _from_config(config: PretrainedConfig, model: Model, dtype: torch.dtype, attention: str) -> Any:
+def _from_config(
+    files: ModelFiles, config: PretrainedConfig, model: Model, dtype: torch.dtype, attention: str
+) -> Any:
     try:
-        return AutoModelForCausalLM.from_config(
+        return auto_class(files).from_config(
             config,
             dtype=dtype,
             attn_implementation=attention_name(config, attention),
@@ -144,5 +145,5 @@ def _from_config(config: PretrainedConfig, model: Model, dtype: torch.dtype, att
     except (ValueError, ImportError) as error:
         raise JobError(
             f"The model {model.path} cannot be built with model.attention {attention}: {error}",
-            "Use sdpa, or a causal language model.",
+            "Use sdpa, or a causal language model of a family that transformers has this method's head for.",
         ) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,7 +49,7 @@ def prove_merge(
     prompts = [prompt[:MAX_TOKENS] for prompt in prompts if prompt][:MAX_PROMPTS]
     if not prompts:
         return None
-    written = ModelFiles(folder, "", str(folder), folder)
+    written = replace(files, folder=folder, identity="", source=str(folder), tokenizer=folder)
     stored = Weights(written, trained.skeleton)
     expected = trained.adapted.logits(prompts)
     base = StreamedModel(empty_model(files, model), trained.read_base).logits(prompts)

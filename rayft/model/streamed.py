@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rayft.model.files import ModelFiles
+from rayft.model.head import causal_model
 from rayft.model.layout import Read
 from rayft.model.load import build_empty
 from rayft.spec import Model
@@ -72,8 +74,15 @@ class StreamedModel:
         with contextlib.ExitStack() as hooks:
             for name, unit in self.units.items():
                 hooks.enter_context(self._loaded_while_it_runs(name, unit))
-            logits = self.module(input_ids=input_ids, use_cache=False).logits
+            logits = self._logits(input_ids)
         return [row[: len(prompt)].float() for row, prompt in zip(logits, prompts, strict=True)]
+
+    def _logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Logits of every token; of a reward model, its scores there."""
+        inner: Any = causal_model(self.module)
+        if hasattr(inner, "score"):
+            return inner.score(inner.base_model(input_ids=input_ids_BT, use_cache=False)[0])
+        return self.module(input_ids=input_ids_BT, use_cache=False).logits
 
     def merged(self, unit: str) -> dict[str, torch.Tensor]:
         """The unit's base parameters in fp32 with the adapter merged into them, by their names without PEFT."""

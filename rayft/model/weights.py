@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from rayft.errors import JobError
-from rayft.model.files import ModelFiles, load_config
+from rayft.model.files import ModelFiles, NewScore, auto_class, load_config
 from rayft.model.layout import Group
 from rayft.spec import Model
 
@@ -57,6 +57,7 @@ class Weights:
         self._source, self._module = files.source, module
         self._mapped: dict[Path, Any] = {}
         self._groups: dict[str, Group] = {}
+        self._new: dict[str, NewScore] = {}
         if files.random_weights:
             self.conversions = _family_layout(module)
             self.tied = dict(module.all_tied_weights_keys)
@@ -67,12 +68,26 @@ class Weights:
             self.conversions = [transform for transform in transforms if transform.was_used()]
             self._groups = {name: group for group in groups for name in group.results(self._meta, module)}
             self.tied = self._ties()
+            if files.score:
+                # A language model's head has no place in a reward model, which begins with new ones instead.
+                left_over = [
+                    key
+                    for key in left_over
+                    if not key.endswith("lm_head.weight") and not key.startswith("embed_out.")
+                ]
+                self._new = {
+                    name: files.score for name in expected if is_score(name) and name not in self._groups
+                }
             self._refuse_misfits(left_over, expected)
+        if files.random_weights and files.score:
+            self._new = {name: files.score for name in expected if is_score(name)}
         self.names = [name for name in expected if name not in self.tied]
         self.shapes = {name: expected[name].shape for name in self.names}
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, in the file's dtype, on CPU. It may be a view of the mapped file: do not write into it."""
+        if name in self._new:
+            return new_score(self.shapes[name], self._new[name])
         if not self._groups:
             return random_tensor(self._module, name)
         return self._groups[name].results(self._tensor, self._module)[name].contiguous()
@@ -118,7 +133,8 @@ class Weights:
 
     def _refuse_misfits(self, left_over: list[str], expected: dict[str, torch.Tensor]) -> None:
         kind = type(self._module).__name__
-        missing = [name for name in expected if name not in self._groups and name not in self.tied]
+        known = self._groups.keys() | self.tied.keys() | self._new.keys()
+        missing = [name for name in expected if name not in known]
         if missing:
             raise JobError(
                 f"The weights of {self._source} lack {_some(missing)}, which {kind} needs.",
@@ -155,13 +171,23 @@ def stream_weights(
 
 def skeleton(files: ModelFiles, model: Model) -> PreTrainedModel:
     """The model with all parameters and buffers on the meta device: names, shapes and classes without memory."""
-    from transformers import AutoModelForCausalLM
-
     config = load_config(files, model)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        return auto_class(files).from_config(
             config, dtype=torch.float32, trust_remote_code=model.trust_remote_code
         )
+
+
+def is_score(name: str) -> bool:
+    """Whether a state-dict name is that of a score head's weight."""
+    return name == "score.weight"
+
+
+def new_score(shape: torch.Size, score: NewScore) -> torch.Tensor:
+    """The weight [heads, hidden] of new score heads, fp32, equal on every rank: normal with standard deviation
+    1 / sqrt(hidden + 1), so that scores begin at a size of about 1 (arXiv:2009.01325, appendix B.1)."""
+    generator = torch.Generator().manual_seed(score.seed)
+    return torch.randn(shape, generator=generator) / (shape[-1] + 1) ** 0.5
 
 
 def random_tensor(model: PreTrainedModel, name: str) -> torch.Tensor:

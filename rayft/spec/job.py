@@ -84,8 +84,21 @@ class Source(Group):
     )
     split: str = Field("train", description="Split of a hub data set.")
     name: str | None = Field(None, description="Configuration name of a hub data set.")
-    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
-        "auto", description="Column layout; auto goes by the columns and refuses what is ambiguous."
+    format: Literal[
+        "auto",
+        "text",
+        "messages",
+        "prompt_completion",
+        "alpaca",
+        "sharegpt",
+        "preference",
+        "ranked",
+        "labelled",
+    ] = Field(
+        "auto",
+        description="Column layout; auto goes by the columns and refuses what is ambiguous. `preference` (prompt, chosen, "
+        "rejected), `ranked` (prompt, completions, best first) and `labelled` (prompt, completion, label) are for the "
+        "methods reward and dpo.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Renames, field of rayft: column of the source."
@@ -113,7 +126,12 @@ class Data(Group):
         "auto", description="Best-fit packing; auto packs where the model family is proven for it."
     )
     loss_on: Literal["assistant", "completion", "all"] = Field(
-        "assistant", description="Which tokens carry loss (`text` rows always train on all)."
+        "assistant",
+        description="Which tokens carry loss under `method: sft` (`text` rows always train on all).",
+    )
+    contradictions: Literal["error", "keep"] = Field(
+        "error",
+        description="What to do with rows that rate the same answers to the same prompt both ways (reward, dpo).",
     )
     shard_rows: PositiveInt = Field(2000, description="Rows per shard of the tokenised cache.")
     cache: str | None = Field(
@@ -209,6 +227,80 @@ class Train(Group):
         ):
             raise ValueError("train: warmup_ratio and decay_ratio together are more than the whole run")
         return self
+
+
+class Reward(Group):
+    """`method: reward`: a model that scores answers, learned from comparisons (Bradley-Terry, Plackett-Luce) or labels."""
+
+    heads: PositiveInt = Field(
+        1,
+        description="Score heads of different beginnings on one body: the score is their mean, their spread says how sure it is.",
+    )
+    center_coef: NonNegativeFloat = Field(
+        0.01,
+        description="Weight of the square of the scores' mean in a row, which keeps scores around 0 (arXiv:2312.09244).",
+    )
+
+
+#: `dpo.beta` where the job gives none.
+DEFAULT_BETA = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
+
+
+class Dpo(Group):
+    """`method: dpo`: direct preference objectives. rayft.objectives.preference and .kto give the formulas."""
+
+    loss: Literal["sigmoid", "ipo", "simpo", "orpo", "kto"] = Field(
+        "sigmoid",
+        description="sigmoid: DPO (arXiv:2305.18290), conservative with label_smoothing; ipo: arXiv:2310.12036; simpo: "
+        "arXiv:2405.14734 and orpo: arXiv:2403.07691, without a reference; kto: arXiv:2402.01306, for `labelled` rows.",
+    )
+    beta: PositiveFloat | None = Field(
+        None, description=f"Strength of the objective (default: {DEFAULT_BETA})."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0,
+        description="Share of pairs taken to be the wrong way round (conservative DPO); sigmoid and simpo.",
+    )
+    length_normalized: bool = Field(
+        False,
+        description="sigmoid: log-probabilities per token instead of summed (ipo, simpo and orpo always do).",
+    )
+    simpo_gamma: NonNegativeFloat = Field(1.0, description="simpo: the margin that is aimed at.")
+    nll_coef: NonNegativeFloat = Field(
+        0.0,
+        description="Weight of the chosen answers' negative log-likelihood per token; orpo always adds it with weight 1.",
+    )
+    nll_on: Literal["completion", "all"] = Field(
+        "completion",
+        description="Tokens of the chosen side that count for it: the answer, or the prompt too.",
+    )
+    desirable_weight: PositiveFloat = Field(1.0, description="kto: weight of good answers.")
+    undesirable_weight: PositiveFloat = Field(1.0, description="kto: weight of bad answers.")
+
+    @model_validator(mode="after")
+    def _fits_the_loss(self) -> Dpo:
+        only = {
+            "label_smoothing": ("sigmoid", "simpo"),
+            "length_normalized": ("sigmoid",),
+            "simpo_gamma": ("simpo",),
+            "nll_coef": ("sigmoid", "ipo", "simpo"),
+            "nll_on": ("sigmoid", "ipo", "simpo", "orpo"),
+            "desirable_weight": ("kto",),
+            "undesirable_weight": ("kto",),
+        }
+        for key in sorted(self.model_fields_set & only.keys()):
+            if self.loss not in only[key] and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"dpo.{key} is for dpo.loss {' or '.join(only[key])}, not {self.loss}")
+        return self
+
+    @property
+    def strength(self) -> float:
+        """beta, the job's or the loss's default."""
+        return self.beta or DEFAULT_BETA[self.loss]
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss in ("sigmoid", "ipo", "kto")
 
 
 class Zero(Group):
@@ -339,13 +431,17 @@ class Job(Group):
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9_.]{0,61}[a-z0-9])?$")] = Field(
         description="Run name; the same name resumes."
     )
-    method: Literal["sft"] = "sft"
+    method: Literal["sft", "reward", "dpo"] = Field(
+        "sft", description="sft: imitate answers; reward: learn to score them; dpo: learn from preferences."
+    )
     storage: str = Field("runs", description="Folder or s3:// prefix under which the run folder lives.")
     seed: int = Field(0, ge=0)
     model: Model
     adapter: Adapter = Field(default_factory=Adapter)
     data: Data
     train: Train = Field(default_factory=Train)
+    reward: Reward = Field(default_factory=Reward)
+    dpo: Dpo = Field(default_factory=Dpo)
     zero: Zero = Field(default_factory=Zero)
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="Further DeepSpeed options, passed through."
@@ -361,6 +457,26 @@ class Job(Group):
             raise ValueError("train.early_stopping_patience needs data.eval and eval.every_steps")
         if self.eval.every_steps and not self.data.eval:
             raise ValueError("eval.every_steps needs data.eval, the rows to measure the loss on")
+        for method in ("reward", "dpo"):
+            group = getattr(self, method)
+            if self.method != method and group != type(group)():
+                raise ValueError(f"{method}: this group does nothing under method {self.method}")
+        if self.method == "dpo" and self.dpo.loss == "kto" and self.train.global_batch_size == 1:
+            raise ValueError(
+                "dpo.loss kto needs train.global_batch_size 2 or more: it compares prompts with other rows' answers"
+            )
+        if self.method == "reward" and self.eval.suites:
+            raise ValueError(
+                f"eval.suites: {self.eval.suites[0].name!r} needs a model that writes, and method reward makes one that "
+                "scores (data.eval with eval.every_steps measures it)"
+            )
+        if self.method != "sft":
+            if self.data.loss_on != "assistant":
+                raise ValueError("data.loss_on is for method sft; preference methods look at the answers")
+            if self.adapter.lora_dropout:
+                raise ValueError(
+                    f"adapter.lora_dropout must be 0 under method {self.method}: two passes over the same answer must agree"
+                )
         if self.adapter.type == "qlora" and self.cluster.gpus_per_worker == 0:
             raise ValueError(
                 "adapter.type qlora needs a GPU (cluster.gpus_per_worker) and bitsandbytes; use lora on CPU"

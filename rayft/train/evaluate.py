@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from rayft.data.corpus import Corpus
 from rayft.data.order import Order
-from rayft.data.step import plan_step
+from rayft.data.step import StepPlan, plan_step
 from rayft.generate.hf import TransformersEngine
 from rayft.learner.learner import Learner
 from rayft.spec import Train
@@ -49,13 +52,10 @@ class EarlyStopping:
         self.best, self.bad = math.inf if state["best"] is None else state["best"], state["bad"]
 
 
-def evaluation_loss(plan: RunPlan, learner: Learner, rank: int, world_size: int) -> tuple[float, int]:
-    """Mean loss per trained token over all evaluation rows, and how many tokens that were; equal on all ranks."""
+def evaluation_steps(plan: RunPlan, corpus: Corpus, world_size: int, together: bool) -> Iterator[StepPlan]:
+    """All evaluation rows in their order, in steps of the size of training's."""
     assert plan.eval_spec is not None
-    corpus = setup.open_corpus(plan, plan.eval_spec)
-    order = Order.of(plan.eval_spec, None)
-    position, end, tokens = 0, plan.eval_spec.rows, 0
-    total = torch.zeros((), dtype=torch.float64)
+    order, position, end = Order.of(plan.eval_spec, None), 0, plan.eval_spec.rows
     while position < end:
         step = plan_step(
             corpus,
@@ -66,14 +66,32 @@ def evaluation_loss(plan: RunPlan, learner: Learner, rank: int, world_size: int)
             packed=plan.packed,
             world_size=world_size,
             end=end,
+            together=together,
         )
         position = step.next_position
-        batches = (learner.objective.collate(corpus, batch) for batch in step.micro_batches[rank])
-        total += learner.loss(batches)
-        tokens += step.trained_tokens
-    total = total.to(learner.device)
+        if step.rows:
+            yield step
+
+
+def evaluation_loss(
+    plan: RunPlan, learner: Learner, rank: int, world_size: int
+) -> tuple[float, int, dict[str, float]]:
+    """Mean loss and metrics over all evaluation rows, and how many tokens (for sft) or rows they are means over; equal
+    on all ranks."""
+    assert plan.eval_spec is not None
+    corpus = setup.open_corpus(plan, plan.eval_spec)
+    objective, count = learner.objective, 0
+    sums: Counter[str] = Counter()
+    for step in evaluation_steps(plan, corpus, world_size, objective.together):
+        objective.begin_step(learner.infer, corpus, step, rank)
+        loss, metrics = learner.loss(objective.collate(corpus, batch) for batch in step.micro_batches[rank])
+        sums.update({"loss": loss, **metrics})
+        count += objective.denominator(step)
+    names = sorted(sums)
+    total = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=learner.device)
     dist.all_reduce(total)
-    return float(total) / max(tokens, 1), tokens
+    means = dict(zip(names, (total / max(count, 1)).tolist(), strict=True))
+    return means.pop("loss"), count, means
 
 
 def _kept(store: Store, key: str) -> dict[str, Any] | None:

@@ -40,13 +40,13 @@ def finish(prepared: Prepared, store: Store, recorder: Any) -> None:
 def export_run(run: str, out: str, *, step: int | None = None, merge: bool = False) -> int:
     """Export a checkpoint of any run, the newest by default; with `merge` an adapter is merged and the merge proven."""
     from rayft.model.export import export_model
-    from rayft.model.files import load_tokenizer, resolve_model
+    from rayft.model.files import job_files, load_tokenizer
     from rayft.train.setup import compute_dtype
 
     store = open_store(run)
     job = job_of_run(store)
     step = newest_step(store) if step is None else step
-    files = resolve_model(job.model, node_cache_dir())
+    files = job_files(job, node_cache_dir())
     reader = CheckpointReader(store, step)
     prompts = (
         proof_prompts(load_tokenizer(files, job.model), job) if merge and job.adapter.type != "none" else []
@@ -63,14 +63,19 @@ def export_run(run: str, out: str, *, step: int | None = None, merge: bool = Fal
 def proof_prompts(tokenizer: Any, job: Job, count: int = 8) -> list[list[int]]:
     """Token ids of the first rows the job trains on: real prompts to compare a merged model with its parts."""
     from rayft.data.cache import encode_rows, plan_cache
+    from rayft.data.formats import layouts_of
     from rayft.data.template import ChatTokenizer
 
     node_dir = node_cache_dir() / "data"
     spec = plan_cache(
-        job.data.train[:1], job.data, ChatTokenizer(tokenizer, job.data.loss_on), node_dir=node_dir
+        job.data.train[:1],
+        job.data,
+        ChatTokenizer(tokenizer, job.data.loss_on),
+        node_dir=node_dir,
+        allowed=layouts_of(job),
     )
     rows = itertools.islice(encode_rows(spec, spec.shards[0], node_dir=node_dir), count)
-    return [sample.ids[:512].tolist() for _, samples in rows for sample in samples]
+    return [sample.ids[:512].tolist() for _, samples, _ in rows for sample in samples]
 
 
 def newest_step(store: Store) -> int:

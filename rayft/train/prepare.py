@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -12,13 +13,15 @@ from typing import Any
 import ray
 
 from rayft.data.cache import CacheSpec, ShardInfo, plan_cache, prepare_shard, refuse_empty
+from rayft.data.contradictions import refuse_contradictions
 from rayft.data.corpus import Corpus
+from rayft.data.formats import layouts_of
 from rayft.data.order import Order
 from rayft.data.step import plan_step
 from rayft.data.template import ChatTokenizer
 from rayft.errors import JobError, RayftError, WorkerError
 from rayft.model.families import can_pack
-from rayft.model.files import ModelFiles, load_config, load_tokenizer, resolve_model
+from rayft.model.files import ModelFiles, job_files, load_config, load_tokenizer
 from rayft.plan.choose import choose_stage
 from rayft.spec import Job
 from rayft.storage import node_cache_dir, open_store
@@ -126,22 +129,24 @@ def prepare(
     """Resolve the model, tokenise what the first steps need, and fix every decision of the run."""
     job = with_absolute_paths(job)
     node_dir = node_cache_dir()
-    files = resolve_model(job.model, node_dir)
+    files = job_files(job, node_dir)
     config = load_config(files, job.model)
     packed = decide_packing(job, config)
     stage, memory = decide_stage(job, files)
     tokenizer = ChatTokenizer(load_tokenizer(files, job.model), job.data.loss_on)
     began = time.monotonic()
-    spec = plan_cache(job.data.train, job.data, tokenizer, node_dir=node_dir / "data")
-    eval_spec = (
-        plan_cache(job.data.eval, job.data, tokenizer, node_dir=node_dir / "data") if job.data.eval else None
+    look = functools.partial(
+        plan_cache, data=job.data, tokenizer=tokenizer, node_dir=node_dir / "data", allowed=layouts_of(job)
     )
+    spec = look(job.data.train)
+    eval_spec = look(job.data.eval) if job.data.eval else None
     order = Order.of(spec, job.seed)
     at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
     shards = Shards(spec, cache_uri, _shard_order(spec, order), at_once)
     end = None if job.train.max_steps else math.ceil(job.train.num_train_epochs * order.epoch_rows())
-    if job.train.tokens_per_step and end is not None:
-        shards.wait()  # how many steps there are depends on every row's length
+    if spec.compares or (job.train.tokens_per_step and end is not None):
+        # Rows may contradict each other wherever they stand; or how many steps there are depends on every row's length.
+        shards.wait()
     else:
         shards.wait(count=1)
     shards.refuse_empty()
@@ -149,6 +154,9 @@ def prepare(
         eval_shards = Shards(eval_spec, cache_uri, list(range(len(eval_spec.shards))), at_once)
         eval_shards.wait()
         refuse_empty(eval_spec, [eval_shards.infos[i] for i in range(len(eval_spec.shards))])
+    if spec.compares and job.data.contradictions == "error":
+        corpus = Corpus(spec, open_store(cache_uri), node_dir=node_dir / "data")
+        refuse_contradictions(spec, corpus, node_dir=node_dir / "data")
     say(f"data: {describe(shards.infos.values(), spec)} in {time.monotonic() - began:.1f} s")
     total = _total_steps(job, spec, order, cache_uri, packed, end)
     every = job.checkpoint.every_steps or max(1, min(500, total // 10))

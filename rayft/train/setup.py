@@ -17,6 +17,11 @@ from rayft.learner.learner import Learner
 from rayft.learner.sharded import build_sharded
 from rayft.model.adapters import add_adapter
 from rayft.model.files import ModelFiles
+from rayft.objectives.base import Objective
+from rayft.objectives.kto import KtoObjective
+from rayft.objectives.preference import PreferenceObjective
+from rayft.objectives.reference import References
+from rayft.objectives.reward import RewardObjective
 from rayft.objectives.sft import SftObjective
 from rayft.spec import Job
 from rayft.storage import node_cache_dir, open_store
@@ -54,6 +59,7 @@ def build_learner(plan: RunPlan, files: ModelFiles, pad_id: int) -> Learner:
     """Model, adapter and engine of this rank, freshly initialised."""
     from rayft.model.fused import install_fused
     from rayft.model.head import install_nll_head
+    from rayft.model.score import install_score_head
 
     job, dtype = plan.job, compute_dtype(plan.job)
     model = _base_model(job, files, dtype, plan.stage)
@@ -63,10 +69,33 @@ def build_learner(plan: RunPlan, files: ModelFiles, pad_id: int) -> Learner:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-    install_nll_head(model, job.train.logits_chunk)
+    if job.method == "reward":
+        install_score_head(model)
+    else:
+        install_nll_head(model, job.train.logits_chunk)
     install_fused(model)
-    objective = SftObjective(packed=plan.packed, pad_id=pad_id)
-    return Learner(job, model, objective, stage=plan.stage, device=device_of(job))
+    if job.method != "sft":
+        switch_dropout_off(model)
+    return Learner(job, model, objective_of(plan, files, pad_id), stage=plan.stage, device=device_of(job))
+
+
+def objective_of(plan: RunPlan, files: ModelFiles, pad_id: int) -> Objective:
+    """The objective of the job's method."""
+    job, packed = plan.job, plan.packed
+    if job.method == "sft":
+        return SftObjective(packed=packed, pad_id=pad_id)
+    if job.method == "reward":
+        return RewardObjective(job.reward, packed=packed, pad_id=pad_id)
+    references = References(open_store(plan.cache_uri), files.identity, job.train.precision)
+    kind = KtoObjective if job.dpo.loss == "kto" else PreferenceObjective
+    return kind(job.dpo, packed=packed, pad_id=pad_id, references=references)
+
+
+def switch_dropout_off(model: torch.nn.Module) -> None:
+    """Two passes over the same answer must agree, so a model's own dropout is left out of preference methods."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
 
 
 def _base_model(job: Job, files: ModelFiles, dtype: torch.dtype, stage: int) -> Any:

@@ -19,12 +19,13 @@ from rayft.data.step import MicroBatch, StepPlan, plan_step
 from rayft.errors import PreemptedError, RayftError, StorageError
 from rayft.learner.learner import StepResult
 from rayft.learner.schedule import learning_rate
-from rayft.model.files import load_tokenizer, resolve_model
+from rayft.model.files import job_files, load_tokenizer
 from rayft.storage import node_cache_dir, open_store
 from rayft.train import setup
-from rayft.train.evaluate import EarlyStopping, evaluation_loss, measure_suites
+from rayft.train.evaluate import EarlyStopping, evaluation_loss, evaluation_steps, measure_suites
 from rayft.train.failures import diverged
 from rayft.train.group import NO_MORE_SHARDS, RunPlan
+from rayft.train.reference import compute_references
 from rayft.train.retention import Retention
 
 ASK_TIMEOUT_S = 60.0
@@ -48,12 +49,14 @@ class Worker:
         setup.use_threads(self.job)
         self.store = open_store(plan.run_uri)
         self._begin_attempt()
-        files = resolve_model(self.job.model, node_cache_dir())
+        files = job_files(self.job, node_cache_dir())
         self.tokenizer = load_tokenizer(files, self.job.model)
         self.learner = setup.build_learner(plan, files, setup.pad_id_of(self.tokenizer))
         self.corpus = setup.open_corpus(plan, plan.train_spec, self._waiting_for_data)
         self.order = setup.order_of(plan)
         self.stopping = EarlyStopping(self.job.train)
+        if self.job.method == "dpo" and self.job.dpo.needs_reference:
+            self._look_at_the_reference()
         if self.resumed_step is not None:
             self._resume()
         self.writer = CheckpointWriter(
@@ -85,10 +88,10 @@ class Worker:
             rate = self._learning_rate()
             setup.seed_step(self.job.seed, self.step, self.rank)
             planned = time.perf_counter()
+            objective = self.learner.objective
+            objective.begin_step(self.learner.infer, self.corpus, step_plan, self.rank)
             result = self.learner.step(
-                self._batches(step_plan.micro_batches[self.rank]),
-                step_plan.trained_tokens,
-                rate,
+                self._batches(step_plan.micro_batches[self.rank]), objective.denominator(step_plan), rate
             )
             self.step, self.position = self.step + 1, step_plan.next_position
             self.tokens += step_plan.tokens
@@ -141,6 +144,7 @@ class Worker:
             packed=self.plan.packed,
             world_size=self.world_size,
             end=self.plan.end,
+            together=self.learner.objective.together,
         )
 
     def _batches(self, micro_batches: list[MicroBatch]) -> Iterator[dict[str, Any]]:
@@ -166,9 +170,10 @@ class Worker:
         assert self.plan.eval_spec is not None
         self._beat("evaluate")
         with self._beating("evaluate"):
-            loss, tokens = evaluation_loss(self.plan, self.learner, self.rank, self.world_size)
+            loss, count, metrics = evaluation_loss(self.plan, self.learner, self.rank, self.world_size)
         self.stopping.seen(loss)
-        self._tell("row", {"kind": "eval", "step": self.step, "loss": loss, "tokens": tokens})
+        unit = "tokens" if self.job.method == "sft" else "rows"
+        self._tell("row", {"kind": "eval", "step": self.step, "loss": loss, unit: count, **metrics})
         if self.stopping.stop:
             self._tell(
                 "event",
@@ -284,6 +289,37 @@ class Worker:
             raise chosen
         self.epoch, self.resumed_step, self.attempt = chosen
         self._beat("load")
+
+    def _look_at_the_reference(self) -> None:
+        """Now, while the model is what the run starts from, whatever checkpoint it may take in afterwards."""
+        position = 0
+        if self.resumed_step is not None:
+            position = CheckpointReader(self.store, self.resumed_step).state["position"]
+        began = time.perf_counter()
+        with self._beating("reference"):
+            computed = compute_references(
+                self.learner, self.corpus, self._steps_from(position), self.rank, setup.gather
+            )
+            if self.plan.eval_spec is not None:
+                corpus = setup.open_corpus(self.plan, self.plan.eval_spec)
+                steps = evaluation_steps(self.plan, corpus, self.world_size, self.learner.objective.together)
+                computed += compute_references(self.learner, corpus, steps, self.rank, setup.gather)
+        if computed:
+            seconds = time.perf_counter() - began
+            self._tell("event", "reference", f"{computed} log-probabilities computed in {seconds:.0f} s")
+
+    def _steps_from(self, position: int) -> Iterator[StepPlan]:
+        """The steps that are left, as training will plan them."""
+        done, self.position = self.position, position
+        try:
+            for _ in range(self.step, self.plan.total_steps):
+                step = self._plan_step()
+                if step.rows == 0:
+                    return
+                yield step
+                self.position = step.next_position
+        finally:
+            self.position = done
 
     def _resume(self) -> None:
         # The node's copy of a remote checkpoint, for all its ranks and only until they have loaded it.

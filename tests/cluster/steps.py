@@ -15,16 +15,19 @@ import torch.distributed as dist
 
 from rayft.data.cache import plan_cache, prepare_shard
 from rayft.data.corpus import Corpus
+from rayft.data.formats import layouts_of
 from rayft.data.order import Order
 from rayft.data.step import StepPlan, plan_step
 from rayft.data.template import ChatTokenizer
 from rayft.learner.learner import Learner
-from rayft.model.files import resolve_model
+from rayft.model.files import job_files, load_tokenizer
 from rayft.spec import Job, parse_job
 from rayft.storage import open_store
 from rayft.train import setup
 from rayft.train.group import RunPlan
-from tests.tiny import save_tiny, tiny_tokenizer
+from rayft.train.reference import compute_references
+from tests.cluster.methods import METHODS, looks, plain_loss, scores_of, write_comparisons
+from tests.tiny import save_tiny
 
 WORDS = [
     "ray",
@@ -55,13 +58,14 @@ def write_rows(path: Path, count: int = 48, seed: int = 0) -> Path:
     return path
 
 
-def small_job(folder: Path, **groups: Any) -> Job:
-    """A job over `folder`'s tiny model and rows; groups are merged over the defaults."""
+def small_job(folder: Path, name: str = "sft", **groups: Any) -> Job:
+    """A job of one of `METHODS` over `folder`'s tiny model and rows; groups are merged over the defaults."""
+    rows, own = METHODS[name]
     values: dict[str, Any] = {
         "name": "small",
         "storage": str(folder / "runs"),
         "model": {"path": str(folder / "model")},
-        "data": {"train": [{"path": str(folder / "rows.jsonl")}], "max_length": 256},
+        "data": {"train": [{"path": str(folder / rows)}], "max_length": 256},
         "train": {
             "global_batch_size": 8,
             "max_steps": 20,
@@ -71,10 +75,10 @@ def small_job(folder: Path, **groups: Any) -> Job:
             "warmup_steps": 2,
         },
     }
-    for name, group in groups.items():
-        values[name] = (
-            {**values[name], **group}
-            if isinstance(values.get(name), dict) and isinstance(group, dict)
+    for key, group in {**own, **groups}.items():
+        values[key] = (
+            {**values[key], **group}
+            if isinstance(values.get(key), dict) and isinstance(group, dict)
             else group
         )
     return parse_job(values)
@@ -84,13 +88,20 @@ def prepare_folder(folder: Path, family: str = "llama", **model_arguments: Any) 
     """Tiny model and rows below `folder`."""
     save_tiny(folder / "model", family, **model_arguments)
     write_rows(folder / "rows.jsonl")
+    write_comparisons(folder)
     return folder
 
 
 def plan_of(job: Job, folder: Path, *, stage: int, packed: bool) -> RunPlan:
     """The run's plan with all data tokenised."""
     cache = open_store(folder / "cache")
-    spec = plan_cache(job.data.train, job.data, ChatTokenizer(tiny_tokenizer()), node_dir=folder / "node")
+    spec = plan_cache(
+        job.data.train,
+        job.data,
+        ChatTokenizer(load_tokenizer(job_files(job, folder / "node"), job.model)),
+        node_dir=folder / "node",
+        allowed=layouts_of(job),
+    )
     for shard in spec.shards:
         prepare_shard(spec, shard.index, cache, node_dir=folder / "node")
     steps = job.train.max_steps or 1
@@ -98,9 +109,13 @@ def plan_of(job: Job, folder: Path, *, stage: int, packed: bool) -> RunPlan:
 
 
 def learner_of(plan: RunPlan, folder: Path) -> Learner:
-    """This rank's learner."""
-    files = resolve_model(plan.job.model, folder / "node")
-    return setup.build_learner(plan, files, pad_id=256)
+    """This rank's learner, which knows the reference's log-probabilities if it needs them."""
+    files = job_files(plan.job, folder / "node")
+    learner = setup.build_learner(plan, files, pad_id=256)
+    if plan.job.method == "dpo" and plan.job.dpo.needs_reference:
+        for corpus, step in step_plans(plan, folder, plan.total_steps):
+            compute_references(learner, corpus, [step], dist.get_rank(), setup.gather)
+    return learner
 
 
 def step_plans(plan: RunPlan, folder: Path, count: int, start: int = 0) -> Iterator[tuple[Corpus, StepPlan]]:
@@ -117,6 +132,7 @@ def step_plans(plan: RunPlan, folder: Path, count: int, start: int = 0) -> Itera
             train=plan.job.train,
             packed=plan.packed,
             world_size=dist.get_world_size() if dist.is_initialized() else 1,
+            together=plan.job.method != "sft",
         )
         position = step.next_position
         yield corpus, step
@@ -132,10 +148,11 @@ def train_steps(
     position = start
     for number, (corpus, step) in enumerate(step_plans(plan, folder, count, start), start=first):
         setup.seed_step(plan.job.seed, number, dist.get_rank())
-        batches = [learner.objective.collate(corpus, batch) for batch in step.micro_batches[dist.get_rank()]]
-        result = learner.step(
-            batches, step.trained_tokens, learning_rate(plan.job.train, number, plan.total_steps)
-        )
+        objective, rank = learner.objective, dist.get_rank()
+        objective.begin_step(learner.infer, corpus, step, rank)
+        batches = [objective.collate(corpus, batch) for batch in step.micro_batches[rank]]
+        rate = learning_rate(plan.job.train, number, plan.total_steps)
+        result = learner.step(batches, objective.denominator(step), rate)
         results.append((result.loss, result.grad_norm))
         position = step.next_position
     return results, position
@@ -200,28 +217,24 @@ def first_gradients(
 
 
 def reference_losses(
-    plan: RunPlan, folder: Path, count: int, start: dict[str, np.ndarray] | None = None
+    plan: RunPlan, folder: Path, count: int, start: dict[str, np.ndarray] | None = None, name: str = "sft"
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """A plain PyTorch loop over the same rows, one padded-free document at a time; also the first step's gradients.
 
-    start: values (flat) of the trained parameters by name; without it the model's own. The gradients are not clipped.
+    start: values (flat) of the trained parameters by name; without it the model's own (of a reward model it must be
+    given). name: of the method in `METHODS`. The gradients are not clipped.
     """
-    from transformers import AutoModelForCausalLM
-
     from rayft.learner.schedule import learning_rate
-    from rayft.model.adapters import add_adapter
 
     torch.set_num_threads(1)  # of so small a model two threads mostly wait for each other
     train = plan.job.train
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.float32, attn_implementation="eager"
-    ).train()
-    model = add_adapter(model, plan.job.adapter, plan.job.seed, zero_stage=0).train()
+    model, reference = plain_model(plan, folder), plain_model(plan, folder)
+    reference.requires_grad_(False)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if start is not None:
         assert trained.keys() == start.keys()
-        for name, parameter in trained.items():
-            parameter.data.copy_(torch.from_numpy(start[name]).view_as(parameter))
+        for name_, parameter in trained.items():
+            parameter.data.copy_(torch.from_numpy(start[name_]).view_as(parameter))
     matrices = [p for p in trained.values() if p.ndim >= 2]
     vectors = [p for p in trained.values() if p.ndim < 2]
     groups = [
@@ -233,17 +246,9 @@ def reference_losses(
     )
     losses, gradients = [], {}
     for number, (corpus, step) in enumerate(step_plans(plan, folder, count)):
-        total = torch.zeros(())
-        for rank in step.micro_batches:
-            for document in (d for batch in rank for row in batch for d in row):
-                sample = corpus.sample(document)
-                ids = torch.from_numpy(sample.ids.astype(np.int64))[None]
-                logits = model(input_ids=ids).logits[0, :-1]
-                targets = torch.where(torch.from_numpy(sample.trained[1:]), ids[0, 1:], -100)
-                total = total + torch.nn.functional.cross_entropy(
-                    logits, targets, ignore_index=-100, reduction="sum"
-                )
-        loss = total / step.trained_tokens
+        loss = plain_loss(
+            name, corpus, step, looks(model, corpus), looks(reference, corpus), scores_of(model, corpus)
+        )
         loss.backward()
         if number == 0:
             gradients = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
@@ -254,3 +259,20 @@ def reference_losses(
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses, gradients
+
+
+def plain_model(plan: RunPlan, folder: Path) -> Any:
+    """The job's model with its adapter, by transformers and PEFT alone, fp32."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from rayft.model.adapters import add_adapter
+
+    job = plan.job
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    if job.method == "reward":
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            folder / "model", num_labels=job.reward.heads, **options
+        )
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
+    return add_adapter(model, job.adapter, job.seed, zero_stage=0).train()
