@@ -52,6 +52,13 @@ def evaluate(args: argparse.Namespace) -> int:
     return evaluate_model(load_job(args.job, args.overrides), args.model)
 
 
+def score(args: argparse.Namespace) -> int:
+    """Score the answers in a file with a reward model, or several."""
+    from rayft.train.inspect import score_file
+
+    return score_file(args.model, args.data, args.out)
+
+
 def schema(args: argparse.Namespace) -> int:
     """Print the JSON schema of a job file."""
     from rayft.spec import job_schema
@@ -112,6 +119,14 @@ def parser() -> argparse.ArgumentParser:
     verb("eval", evaluate, job=True).add_argument(
         "--model", help="model to measure instead of the job's run: folder, hub id or run folder"
     )
+    sub = verb("score", score)
+    sub.add_argument(
+        "model", nargs="+", help="reward model: run folder, model folder or hub id; several are averaged"
+    )
+    sub.add_argument(
+        "--data", required=True, help="file or folder of conversations, or of answers to compare"
+    )
+    sub.add_argument("--out", required=True, help="jsonl file to write: the rows with their scores")
     verb("schema", schema)
     sub = verb("chat", chat)
     sub.add_argument("model", help="model folder, hub id or run folder")

@@ -13,9 +13,9 @@ from rayft.evals.bits_per_byte import BitsPerByte
 from rayft.evals.ifeval import IfEval
 from rayft.evals.json_answers import JsonAnswers
 from rayft.evals.multiple_choice import MultipleChoice
+from rayft.evals.preference import Preference
 from rayft.evals.qa import QuestionAnswering
 from rayft.evals.suite import Record, SuiteType
-from rayft.generate.engine import Engine
 from rayft.spec import Suite
 from rayft.storage import node_cache_dir
 
@@ -25,6 +25,7 @@ TYPES: dict[str, type[SuiteType]] = {
     "json": JsonAnswers,
     "qa": QuestionAnswering,
     "ifeval": IfEval,
+    "preference": Preference,
 }
 
 #: Every rank's argument, in rank order, on every rank.
@@ -36,7 +37,7 @@ KeepSamples = Callable[[str, list[dict[str, Any]]], None]
 
 def run_suites(
     suites: Sequence[Suite],
-    engine: Engine,
+    engine: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     rank: int = 0,
@@ -49,7 +50,7 @@ def run_suites(
     """Metrics of each suite by its name: shares from 0 to 1, a standard error as `<metric>_stderr`, `rows` or the like.
 
     On several ranks all must call it with the same suites; rank r measures rows r, r + world_size, …, and `gather`
-    brings the records together. cache_dir: where S3 files are kept on this node. Raises DataError for bad rows before anything is measured.
+    brings the records together. engine: an `Engine`, or a `ScoreEngine` for suites of the type `preference`. cache_dir: where S3 files are kept on this node. Raises DataError for bad rows before anything is measured.
     """
     cache_dir = cache_dir or node_cache_dir() / "data"
     measured = {suite.name: TYPES[suite.type](suite, engine, tokenizer, cache_dir) for suite in suites}

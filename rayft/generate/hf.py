@@ -68,7 +68,7 @@ class TransformersEngine:
         choose = sampling(temperature, top_p, seed) if temperature > 0 else greedy
         answers: list[list[int]] = [[] for _ in prompts]
         batches = like_lengths([len(prompt) for prompt in prompts], self.batch_size)
-        with _evaluating(self.model), packed_generation(self.model) as packed:
+        with evaluating(self.model), packed_generation(self.model) as packed:
             for rows in in_step(batches, self.sync):
                 steps = decode(
                     self.model,
@@ -97,7 +97,7 @@ class TransformersEngine:
         """Tokens of one answer as they come, without the one that ends it."""
         self._check([len(prompt)], max_new_tokens)
         choose = sampling(temperature, top_p, seed) if temperature > 0 else greedy
-        with _evaluating(self.model), packed_generation(self.model) as packed:
+        with evaluating(self.model), packed_generation(self.model) as packed:
             for [(_, token)] in decode(
                 self.model,
                 [prompt],
@@ -120,7 +120,7 @@ class TransformersEngine:
         self._check(lengths, 0)
         device = next(self.model.parameters()).device
         results: list[tuple[float, int]] = [(0.0, 0)] * len(sequences)
-        with _evaluating(self.model), packed_scoring(self.model) as packed:
+        with evaluating(self.model), packed_scoring(self.model) as packed:
             for rows in in_step(like_lengths(lengths, self.batch_size), self.sync):
                 samples = [
                     Sample(np.array(ids), np.array(counted)) for ids, counted in (sequences[r] for r in rows)
@@ -162,7 +162,7 @@ def in_step(batches: Sequence[list[int]], sync: Sync | None) -> Iterator[list[in
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout and checkpointing off; afterwards as it was."""
     training = model.training
     model.eval()

@@ -25,8 +25,7 @@ def load_model(
     dtype: default bf16 where the hardware computes in it, else fp32. Raises JobError.
     """
     cache_dir = cache_dir or node_cache_dir()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if _computes_bf16(device) else torch.float32)
+    device, dtype = choose_device(device, dtype)
     adapter = adapter_folder(path, cache_dir)
     spec = Model.model_validate({"path": base_of(adapter) if adapter else path})
     files = resolve_model(spec, cache_dir)
@@ -40,6 +39,12 @@ def load_model(
         spec = spec.model_copy(update={"tokenizer": str(adapter)})
         files = resolve_model(spec, cache_dir)
     return model, load_tokenizer(files, spec)
+
+
+def choose_device(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
+    """A GPU if there is one, and bf16 where the hardware computes in it, unless told otherwise."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, dtype or (torch.bfloat16 if _computes_bf16(device) else torch.float32)
 
 
 def adapter_folder(path: str, cache_dir: Path) -> Path | None:

@@ -16,11 +16,13 @@ from rayft.spec import Suite
 Results = dict[str, dict[str, float]]
 
 #: Metrics of which less is better; of all others more is.
-LOWER_IS_BETTER = frozenset({"bits_per_byte", "loss", "perplexity"})
+LOWER_IS_BETTER = frozenset({"bits_per_byte", "loss", "perplexity", "ece"})
 #: Suffix of a metric's standard error, shown beside the metric.
 STDERR = "_stderr"
 #: Metrics that say how much was measured, not how well.
 COUNTS = frozenset({"rows", "rows_skipped", "documents", "tokens", "bytes"})
+#: Metrics that are no shares.
+PLAIN = frozenset({"margin", "mean_score", "length_correlation", "disagreement"}) | LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,14 @@ class Delta:
         """A value of this metric as people read it: shares in per cent."""
         if number is None:
             return ""
-        return value(number) if self.metric in LOWER_IS_BETTER else f"{100 * number:.1f} %"
+        return value(number) if self.metric in PLAIN else f"{100 * number:.1f} %"
 
     @property
     def change_text(self) -> str:
         """The change with its standard error, shares in points."""
         if self.change is None:
             return ""
-        scale, digits = (1, 4) if self.metric in LOWER_IS_BETTER else (100, 1)
+        scale, digits = (1, 4) if self.metric in PLAIN else (100, 1)
         noise = f" ± {scale * self.stderr:.{digits}f}" if self.stderr is not None else ""
         return f"{scale * self.change:+.{digits}f}{noise}"
 

@@ -383,8 +383,9 @@ class Suite(Group):
     """One measured quality of the model."""
 
     name: str
-    type: Literal["bits_per_byte", "multiple_choice", "json", "qa", "ifeval"] = Field(
-        description="json: generated JSON against the reference; qa: F1, exact match and right refusals; ifeval: verifiable instructions."
+    type: Literal["bits_per_byte", "multiple_choice", "json", "qa", "ifeval", "preference"] = Field(
+        description="json: generated JSON against the reference; qa: F1, exact match and right refusals; ifeval: "
+        "verifiable instructions; preference: whether the model agrees with people about answers."
     )
     path: str
     limit: PositiveInt | None = None
@@ -394,6 +395,9 @@ class Suite(Group):
     )
     refusal: str | None = Field(
         None, description="`qa`: the exact sentence that says the context holds no answer."
+    )
+    by: str | None = Field(
+        None, description="`preference`: a column by whose values the accuracy is also given (source, rater)."
     )
     forgetting: bool = Field(False, description="This suite measures what should not get worse.")
 
@@ -465,11 +469,12 @@ class Job(Group):
             raise ValueError(
                 "dpo.loss kto needs train.global_batch_size 2 or more: it compares prompts with other rows' answers"
             )
-        if self.method == "reward" and self.eval.suites:
-            raise ValueError(
-                f"eval.suites: {self.eval.suites[0].name!r} needs a model that writes, and method reward makes one that "
-                "scores (data.eval with eval.every_steps measures it)"
-            )
+        for suite in self.eval.suites if self.method == "reward" else ():
+            if suite.type != "preference":
+                raise ValueError(
+                    f"eval.suites: {suite.name!r} of type {suite.type} needs a model that writes, and method reward makes "
+                    "one that scores (use type preference)"
+                )
         if self.method != "sft":
             if self.data.loss_on != "assistant":
                 raise ValueError("data.loss_on is for method sft; preference methods look at the answers")

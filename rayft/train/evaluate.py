@@ -15,6 +15,7 @@ from rayft.data.corpus import Corpus
 from rayft.data.order import Order
 from rayft.data.step import StepPlan, plan_step
 from rayft.generate.hf import TransformersEngine
+from rayft.generate.scores import ScoreEngine
 from rayft.learner.learner import Learner
 from rayft.spec import Train
 from rayft.storage import ObjectNotFound, Store, node_cache_dir
@@ -114,12 +115,13 @@ def measure_suites(worker: Worker, when: str) -> None:
             worker.recorder.row.remote({"kind": "suites", "when": when, "step": worker.step, "results": kept})
         return
     learner = worker.learner
-    engine = TransformersEngine(
-        learner.module,
-        worker.tokenizer,
-        batch_size=worker.job.eval.batch_size,
-        sync=setup.sync_largest(learner.device) if learner.stage == 3 else None,
-    )
+    batch_size = worker.job.eval.batch_size
+    sync = setup.sync_largest(learner.device) if learner.stage == 3 else None
+    engine: Any
+    if worker.job.method == "reward":
+        engine = ScoreEngine(learner.module, batch_size=batch_size, sync=sync)
+    else:
+        engine = TransformersEngine(learner.module, worker.tokenizer, batch_size=batch_size, sync=sync)
     learner.module.eval()
     samples: dict[str, Any] = {}
     results = run_suites(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def evaluate_model(job: Job, model: str | None) -> int:
     from rayft.evals.run import run_suites
     from rayft.generate.hf import TransformersEngine
     from rayft.generate.load import load_model
+    from rayft.generate.scores import ScoreEngine, load_score_model
     from rayft.train.finish import suite_results
 
     if not job.eval.suites:
@@ -73,8 +75,29 @@ def evaluate_model(job: Job, model: str | None) -> int:
             f"The job {job.name} has no eval.suites to measure.", "Add some, such as those of jobs/demo.yaml."
         )
     store = open_store(job.storage).child(job.name)
-    module, tokenizer = load_model(model or store.where("model"), cache_dir=node_cache_dir())
-    engine = TransformersEngine(module.eval(), tokenizer, batch_size=job.eval.batch_size)
+    where, batch_size = model or store.where("model"), job.eval.batch_size
+    engine: Any
+    if job.method == "reward":
+        module, tokenizer = load_score_model(where, cache_dir=node_cache_dir())
+        engine = ScoreEngine(module, batch_size=batch_size)
+    else:
+        module, tokenizer = load_model(where, cache_dir=node_cache_dir())
+        engine = TransformersEngine(module.eval(), tokenizer, batch_size=batch_size)
     results = run_suites(job.eval.suites, engine, tokenizer, cache_dir=node_cache_dir() / "data")
     Console().print(suites_table(suite_results(store, "before"), results, job.eval.suites))
+    return 0
+
+
+def score_file(models: Sequence[str], data: str, out: str) -> int:
+    """Write the rows of `data` to `out` with the scores that the reward models give their answers."""
+    from rayft.evals.score import score_rows, write_scores
+    from rayft.generate.scores import ScoreEngine, load_score_model
+
+    if Path(out).exists():
+        raise JobError(f"{out} exists already.", "Choose another name for --out, or remove it.")
+    loaded = [load_score_model(model, cache_dir=node_cache_dir()) for model in models]
+    engines = [(ScoreEngine(model), tokenizer) for model, tokenizer in loaded]
+    rows = score_rows(data, engines, cache_dir=node_cache_dir() / "data")
+    count = write_scores(rows, Path(out))
+    Console().print(f"{count} rows with their scores are in {out}.")
     return 0
