@@ -94,6 +94,10 @@ def _curves(rows: Sequence[Row], steps: Sequence[Row], events: Sequence[Row]) ->
             ],
         ),
     ]
+    for name in (steps[-1].get("metrics") or {}) if steps else ():
+        measured = [Series("training", _metric(steps, name))]
+        held_out = _metric([row for row in rows if row["kind"] == "eval"], name)
+        charts.append((name.replace("_", " "), [*measured, Series("evaluation", held_out, True, COLOURS[1])]))
     figures = (
         f"<figure><figcaption>{title}</figcaption>{line_chart(series, resumed)}</figure>"
         for title, series in charts
@@ -204,6 +208,10 @@ def _table(headings: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]]) 
 
 def _points(rows: Sequence[Row], key: str) -> list[tuple[float, float]]:
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def _metric(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
+    return [(row["step"], row["metrics"][name]) for row in rows if name in (row.get("metrics") or {})]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

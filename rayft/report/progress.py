@@ -42,10 +42,9 @@ class Progress:
         if kind == "step":
             self._step(row)
         elif kind == "eval":
-            self._print(
-                f"eval at step {row['step']}: loss {value(row['loss'])} on {count(row['tokens'])} tokens",
-                "cyan",
-            )
+            unit = "tokens" if "tokens" in row else "rows"
+            found = ", ".join([f"loss {value(row['loss'])}", *_shown(row)])
+            self._print(f"eval at step {row['step']}: {found} on {count(row[unit])} {unit}", "cyan")
         elif kind == "suites":
             self._print(f"suites {row['when']} training: {', '.join(row['results']) or 'none'}", "cyan")
         elif kind == "event":
@@ -61,6 +60,7 @@ class Progress:
             return
         total = f"/{self._total}" if self._total else ""
         parts = [f"step {step:>{len(total) - 1 if total else 1}}{total}", f"loss {value(row['loss'])}"]
+        parts += _shown(row)
         if row.get("grad_norm") is not None:
             parts.append(f"grad {row['grad_norm']:.3g}")
         parts += [f"lr {row['learning_rate']:.2e}", f"{count(row['tokens_per_s'])} tokens/s"]
@@ -80,3 +80,10 @@ class Progress:
 
     def _print(self, text: str, style: str) -> None:
         self._console.print(Text(text, style=style), soft_wrap=True, highlight=False)
+
+
+def _shown(row: Row) -> list[str]:
+    """The metrics of a method that people look at while it runs."""
+    metrics = row.get("metrics") or {}
+    shown = [f"accuracy {metrics['accuracy']:.0%}"] if "accuracy" in metrics else []
+    return shown + ([f"margin {value(metrics['margin'])}"] if "margin" in metrics else [])

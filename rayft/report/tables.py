@@ -143,6 +143,12 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
         lines["evaluation loss"] = (
             f"{value(evals[-1]['loss'])}, best {value(best['loss'])} at step {best['step']}"
         )
+        for name in evals[-1].get("metrics") or {}:
+            if len(evals) > 1:
+                first, last = (value(row["metrics"][name]) for row in (evals[0], evals[-1]))
+                lines[f"evaluation {name.replace('_', ' ')}"] = (
+                    f"{first} at step {evals[0]['step']} to {last}"
+                )
     if saved:
         lines["checkpoints"] = f"{len(saved)}, the last at step {saved[-1]['step']}"
     if resumed:

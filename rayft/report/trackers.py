@@ -45,11 +45,13 @@ def metrics_of(row: Row) -> dict[str, float]:
     if row["kind"] == "step":
         names = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "trained_tokens_per_s", "padding")
         found = {f"train/{name}": row.get(name) for name in names}
+        found |= {f"train/{name}": number for name, number in row.get("metrics", {}).items()}
         found |= {f"seconds/{name}": seconds for name, seconds in row.get("seconds", {}).items()}
         if row.get("peak_memory_gb"):
             found["train/peak_memory_gb"] = max(row["peak_memory_gb"])
     elif row["kind"] == "eval":
         found = {"eval/loss": row["loss"]}
+        found |= {f"eval/{name}": number for name, number in row.get("metrics", {}).items()}
     elif row["kind"] == "suites":
         found = {
             f"{name}/{metric}": v for name, suite in row["results"].items() for metric, v in suite.items()

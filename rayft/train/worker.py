@@ -173,7 +173,7 @@ class Worker:
             loss, count, metrics = evaluation_loss(self.plan, self.learner, self.rank, self.world_size)
         self.stopping.seen(loss)
         unit = "tokens" if self.job.method == "sft" else "rows"
-        self._tell("row", {"kind": "eval", "step": self.step, "loss": loss, unit: count, **metrics})
+        self._tell("row", {"kind": "eval", "step": self.step, "loss": loss, unit: count, "metrics": metrics})
         if self.stopping.stop:
             self._tell(
                 "event",
@@ -257,7 +257,7 @@ class Worker:
             "padding": step_plan.padding,
             "seconds": {name: round(value, 4) for name, value in result.seconds.items()},
             "peak_memory_gb": peaks,
-            **result.metrics,
+            "metrics": result.metrics,
         }
         self.saving_s = 0.0
         self._tell("row", row)
