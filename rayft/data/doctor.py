@@ -6,7 +6,7 @@ It goes on where a run would stop at the first wrong row, and compares training 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,9 +15,18 @@ from typing import Any
 import numpy as np
 
 from rayft.data.cache import BATCH_ROWS, CacheSpec, ShardTask, plan_cache
+from rayft.data.comparisons import Comparison, read_row
 from rayft.data.findings import Findings, Level, Shown
-from rayft.data.formats import Conversation, Row, detect_format, layouts_of, normalise
-from rayft.data.leakage import Duplicates, HeldOut, Wording, wording, wording_of_columns
+from rayft.data.formats import (
+    Conversation,
+    Format,
+    PromptCompletion,
+    Row,
+    Text,
+    detect_format,
+    layouts_of,
+)
+from rayft.data.leakage import Contradictions, Duplicates, HeldOut, Wording, wording, wording_of_columns
 from rayft.data.order import Order
 from rayft.data.packing import efficiency, pack
 from rayft.data.read import open_tables, read_rows
@@ -46,6 +55,11 @@ ODD: dict[str, tuple[Level, str, str]] = {
         "documents are longer than data.max_length and are truncated: their answers end without an end token",
         "Raise data.max_length, or set data.too_long to drop.",
     ),
+    "shortened": (
+        "warning",
+        "answers with their prompt are longer than data.max_length: the prompt loses its beginning",
+        "Raise data.max_length, or set data.too_long to drop.",
+    ),
     "several": (
         "warning",
         "the chat template renders earlier turns differently once later ones follow (it strips thinking, or moves the "
@@ -59,6 +73,11 @@ ODD: dict[str, tuple[Level, str, str]] = {
     ),
     "empty": ("warning", "assistant messages are empty", "Drop them, or set `train: false` on them."),
     "twice": ("warning", "rows say exactly the same as an earlier one", "Remove them; they weigh double."),
+    "both ways": (
+        "error",
+        "rows rate the same answers to the same prompt the other way round than an earlier one",
+        "Decide which is right and drop the other, or set data.contradictions to keep.",
+    ),
     "exact": (
         "error",
         "training rows are also held out (in data.eval or a suite): what is measured on them means nothing",
@@ -75,7 +94,7 @@ ODD: dict[str, tuple[Level, str, str]] = {
 @dataclass(frozen=True)
 class _Examined:
     where: str
-    row: Row
+    row: Row | Comparison
     samples: list[Sample]
 
 
@@ -90,17 +109,25 @@ def check(
     findings = Findings(rows_in_all=spec.rows, max_length=job.data.max_length)
     wrong = _Wrong()
     held_out = _held_out(job, tokenizer, wrong, node_dir)
-    duplicates = Duplicates()
+    duplicates, contradictions = Duplicates(), Contradictions()
     rows = _Rows(findings, tokenizer, job.data)
     for shard in _shards(spec, job.seed, max_rows):
         findings.rows += shard.rows
         for where, row, documents in _examine(spec, shard, wrong, node_dir):
             rows.see(where, row, documents)
             duplicates.add(where, wording(row))
+            contradictions.add(where, row)
             held_out.look(where, wording(row))
     wrong.report(findings)
     rows.report()
-    for name, pairs in (("twice", duplicates.pairs), ("exact", held_out.exact), ("near", held_out.near)):
+    refused = contradictions.pairs if job.data.contradictions == "error" else []
+    compared = {
+        "twice": duplicates.pairs,
+        "both ways": refused,
+        "exact": held_out.exact,
+        "near": held_out.near,
+    }
+    for name, pairs in compared.items():
         _report(findings, name, [f"{one} = {other}" for one, other in pairs])
     _simulate_steps(findings, job)
     findings.samples = rows.shown(samples)
@@ -134,17 +161,18 @@ class _Rows:
         self._ends: dict[int, list[str]] = defaultdict(list)
         self._kept: list[tuple[str, Sample]] = []
 
-    def see(self, where: str, row: Row, documents: list[Sample]) -> None:
+    def see(self, where: str, row: Row | Comparison, documents: list[Sample]) -> None:
         """Count a row and note what is odd about it."""
-        if len(documents) > 1:
+        if len(documents) > 1 and not isinstance(row, Comparison):
             self._odd["several"].append(where)
-        if isinstance(row, Conversation):
-            self._see_messages(where, row)
-            if self._tokenizer.loss_on != "all":
-                for token in {token for sample in documents for token in _end_tokens(sample)}:
-                    self._ends[token].append(where)
+        for answer in row.answers if isinstance(row, Comparison) else (row,):
+            if isinstance(answer, Conversation):
+                self._see_messages(where, answer)
+        if not isinstance(row, Text | PromptCompletion) and self._tokenizer.loss_on != "all":
+            for token in {token for sample in documents for token in _end_tokens(sample)}:
+                self._ends[token].append(where)
         for sample in documents:
-            self._see_document(where, sample)
+            self._see_document(where, sample, compared=isinstance(row, Comparison))
 
     def _see_messages(self, where: str, row: Conversation) -> None:
         contents = [message["content"] for message in row.messages]
@@ -154,7 +182,7 @@ class _Rows:
         if not all(message["content"].strip() for message in answers):
             self._odd["empty"].append(where)
 
-    def _see_document(self, where: str, sample: Sample) -> None:
+    def _see_document(self, where: str, sample: Sample, *, compared: bool) -> None:
         findings, length, limit = self._findings, len(sample.ids), self._data.max_length
         findings.documents += 1
         findings.tokens += length
@@ -164,6 +192,9 @@ class _Rows:
             self._kept.append((where, sample))
         elif self._data.too_long == "error":
             self._odd["refused"].append(where)
+        elif compared and self._data.too_long == "truncate":
+            answer = length - int(np.flatnonzero(sample.trained)[0])
+            self._odd["shortened" if answer + 2 <= limit else "dropped"].append(where)
         elif self._data.too_long == "truncate" and sample.trained[:limit].any():
             self._odd["cut"].append(where)
         else:
@@ -210,16 +241,16 @@ def _shards(spec: CacheSpec, seed: int, max_rows: int) -> Iterator[ShardTask]:
 
 def _examine(
     spec: CacheSpec, shard: ShardTask, wrong: _Wrong, node_dir: Path
-) -> Iterator[tuple[str, Row, list[Sample]]]:
+) -> Iterator[tuple[str, Row | Comparison, list[Sample]]]:
     """Rows of a shard that can be trained on, with their documents; the others go to `wrong`."""
     source, layout = spec.sources[shard.source], spec.layouts[shard.source]
     table = spec.tables[shard.source][shard.table]
     wheres: list[str] = []
-    rows: list[Row] = []
+    rows: list[Row | Comparison] = []
     try:
         for where, columns in read_rows(table, shard.first, shard.rows, node_dir):
             try:
-                rows.append(normalise(columns, layout, source, where))
+                rows.append(read_row(columns, layout, source, where))
                 wheres.append(where)
             except DataError as error:
                 wrong.add(error, where)
@@ -247,15 +278,15 @@ def _held_out(job: Job, tokenizer: ChatTokenizer, wrong: _Wrong, node_dir: Path)
         source = Source.model_validate({"path": suite.path, "split": "test"})
         for table in open_tables(source, every=MAX_ROWS, node_dir=node_dir):
             for where, columns in read_rows(table, 0, min(table.rows, MAX_ROWS), node_dir):
-                held_out.add(where, _suite_wording(columns, source, where))
+                held_out.add(where, _suite_wording(columns, source, where, layouts_of(job)))
     held_out.close()
     return held_out
 
 
-def _suite_wording(columns: dict[str, Any], source: Source, where: str) -> Wording:
+def _suite_wording(columns: dict[str, Any], source: Source, where: str, layouts: Sequence[Format]) -> Wording:
     """Suites may have layouts of their own; whatever strings a row has can still be found in training data."""
     try:
-        return wording(normalise(columns, detect_format(columns, where), source, where))
+        return wording(read_row(columns, detect_format(columns, where, layouts), source, where))
     except DataError:
         return wording_of_columns(columns)
 

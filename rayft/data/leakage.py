@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayft.data.comparisons import Comparison
 from rayft.data.formats import Conversation, PromptCompletion, Row, Text
 
 #: Words in a sequence, and the share of a held-out question's sequences that makes it a near match.
@@ -36,8 +37,11 @@ class Wording:
         return tuple(_WORDS.findall(self.text.casefold()))
 
 
-def wording(row: Row) -> Wording:
-    """The words of a row, system messages aside: they are the same in many rows."""
+def wording(row: Row | Comparison) -> Wording:
+    """The words of a row, system messages aside: they are the same in many rows. Of a comparison, those of all answers."""
+    if isinstance(row, Comparison):
+        answers = [wording(answer) for answer in row.answers]
+        return Wording("\n\n".join(answer.text for answer in answers), answers[0].question)
     if isinstance(row, Text):
         return Wording(row.text, row.text)
     if isinstance(row, PromptCompletion):
@@ -66,6 +70,27 @@ class Duplicates:
         first = self._seen.setdefault(hash(row.text), where)
         if first != where:
             self.pairs.append((where, first))
+
+
+class Contradictions:
+    """Rows that rate the same answers to the same prompt the other way round than an earlier one."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, int], str] = {}
+        self.pairs: list[tuple[str, str]] = []
+
+    def add(self, where: str, row: Row | Comparison) -> None:
+        """Compare a row with all before it; `pairs` collects (row, earlier row). A label is a win over nothing, or a loss."""
+        if not isinstance(row, Comparison):
+            return
+        said = [hash(wording(answer).text) for answer in row.answers]
+        if len(said) == 1:
+            said = [said[0], 0] if row.value else [0, said[0]]
+        for i, better in enumerate(said):
+            for worse in said[i + 1 :]:
+                if (worse, better) in self._seen:
+                    self.pairs.append((where, self._seen[worse, better]))
+                self._seen.setdefault((better, worse), where)
 
 
 @dataclass

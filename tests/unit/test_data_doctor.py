@@ -218,3 +218,35 @@ def test_real_data(tmp_path: Path) -> None:
     assert found(findings, "most of their wording").count == 1
     findings = check(job_of(test, suite=test, max_length=2048), family_tokenizer("chatml"), node_dir=tmp_path)
     assert found(findings, "are also held out").count == 200
+
+
+def test_comparisons_are_looked_at(tmp_path: Path) -> None:
+    """Pairs are no several documents of one conversation; contradictions, repeats and held-out pairs are found."""
+    ask = [{"role": "user", "content": "why is the sky blue at noon and red in the evening of a clear day?"}]
+    pair = {"prompt": ask, "chosen": "because light scatters", "rejected": "nobody knows"}
+    turned = {"prompt": ask, "chosen": pair["rejected"], "rejected": pair["chosen"]}
+    fine = {"prompt": ask, "chosen": "it is the air", "rejected": "nobody knows"}
+    train = write_jsonl(tmp_path / "train.jsonl", [pair, fine, turned, fine])
+    test = write_jsonl(tmp_path / "test.jsonl", [fine])
+    job = parse_job(
+        {
+            "name": "x",
+            "method": "reward",
+            "model": {"path": "m"},
+            "data": {"train": [{"path": str(train)}]},
+            "eval": {"suites": [{"name": "s", "type": "preference", "path": str(test)}]},
+        }
+    )
+    findings = check(job, family_tokenizer("chatml"), node_dir=tmp_path)
+    assert (findings.rows, findings.documents) == (4, 8)
+    found = {finding.message: finding for finding in findings.found}
+    both = next(found[m] for m in found if "the other way round" in m)
+    assert both.level == "error"
+    assert "line 3" in both.examples[0]
+    assert "line 1" in both.examples[0]
+    assert any("say exactly the same" in message for message in found)
+    assert any("also held out" in message for message in found)
+    assert not any("several documents" in message for message in found)
+    kept = job.model_copy(update={"data": job.data.model_copy(update={"contradictions": "keep"})})
+    relaxed = check(kept, family_tokenizer("chatml"), node_dir=tmp_path)
+    assert not any("the other way round" in finding.message for finding in relaxed.found)
