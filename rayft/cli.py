@@ -59,6 +59,42 @@ def score(args: argparse.Namespace) -> int:
     return score_file(args.model, args.data, args.out)
 
 
+def rate(args: argparse.Namespace) -> int:
+    """Open the page on which people rate a model's answers."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from rayft.rate.serve import Source, serve
+    from rayft.rate.server import Settings
+
+    source = Source(
+        args.answers,
+        args.prompts,
+        args.model,
+        args.limit,
+        args.samples,
+        args.max_new_tokens,
+        args.temperature,
+        args.seed,
+    )
+    raters = [name.strip() for name in args.raters.split(",") if name.strip()]
+    hosts = {*Settings.hosts, args.host, *args.allow_host}
+    settings = Settings(raters, args.overlap, args.seed, args.token, sorted(hosts))
+    return serve(Path(args.folder), source, settings, host=args.host, port=args.port, console=Console())
+
+
+def ratings(args: argparse.Namespace) -> int:
+    """Show how far raters agree, and write their ratings as rows to train on."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from rayft.rate.serve import report
+
+    return report(Path(args.folder), Console())
+
+
 def schema(args: argparse.Namespace) -> int:
     """Print the JSON schema of a job file."""
     from rayft.spec import job_schema
@@ -127,6 +163,33 @@ def parser() -> argparse.ArgumentParser:
         "--data", required=True, help="file or folder of conversations, or of answers to compare"
     )
     sub.add_argument("--out", required=True, help="jsonl file to write: the rows with their scores")
+    sub = verb("rate", rate)
+    sub.add_argument("folder", help="where items and ratings are kept; an existing one is gone on with")
+    sub.add_argument(
+        "--answers", help="file of prompts with ready answers (completions, or chosen and rejected)"
+    )
+    sub.add_argument("--prompts", help="file of prompts that the models are to answer")
+    sub.add_argument(
+        "--model", action="append", default=[], help="model, checkpoint or run that answers; repeatable"
+    )
+    sub.add_argument("--limit", type=int, help="use only the first so many rows")
+    sub.add_argument("--samples", type=int, default=1, help="answers of each model to a prompt (default 1)")
+    sub.add_argument("--max-new-tokens", type=int, default=256)
+    sub.add_argument("--temperature", type=float, default=0.7)
+    sub.add_argument(
+        "--raters", default="", help="names, comma-separated; without it anybody rates everything"
+    )
+    sub.add_argument(
+        "--overlap", type=_share, default=0.2, help="share of the items that all raters rate (default 0.2)"
+    )
+    sub.add_argument("--host", default="127.0.0.1", help="anything but loopback needs --token")
+    sub.add_argument("--port", type=int, default=8770)
+    sub.add_argument("--token", help="secret of the raters' personal links")
+    sub.add_argument(
+        "--allow-host", action="append", default=[], help="further name under which the page is reached"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the order and of the answers")
+    verb("ratings", ratings).add_argument("folder", help="what `rayft rate` wrote to")
     verb("schema", schema)
     sub = verb("chat", chat)
     sub.add_argument("model", help="model folder, hub id or run folder")
@@ -134,6 +197,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--system", help="system message")
     sub.add_argument("--max-new-tokens", type=int, default=256)
     return top
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError("must be from 0 to 1")
+    return share
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -58,9 +58,9 @@ def write_rows(path: Path, count: int = 48, seed: int = 0) -> Path:
     return path
 
 
-def small_job(folder: Path, name: str = "sft", **groups: Any) -> Job:
+def small_job(folder: Path, kind: str = "sft", **groups: Any) -> Job:
     """A job of one of `METHODS` over `folder`'s tiny model and rows; groups are merged over the defaults."""
-    rows, own = METHODS[name]
+    rows, own = METHODS[kind]
     values: dict[str, Any] = {
         "name": "small",
         "storage": str(folder / "runs"),

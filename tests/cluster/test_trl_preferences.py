@@ -114,7 +114,6 @@ def trainer_of(name: str) -> tuple[Callable[..., Any], Callable[..., Any], dict[
 def _trl(folder: Path, name: str, adapter: dict[str, Any], start: dict[str, np.ndarray]) -> list[float]:
     """Losses of the same steps by TRL, which gets the rows and nothing that rayft made of them but their order."""
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", TRL_EXPERIMENTAL_SILENCE="1")
@@ -130,15 +129,6 @@ def _trl(folder: Path, name: str, adapter: dict[str, Any], start: dict[str, np.n
         model.config.pad_token_id = tokenizer.pad_token_id
     else:
         model = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
-    if adapter:
-        task = "SEQ_CLS" if job.method == "reward" else "CAUSAL_LM"
-        model = get_peft_model(
-            model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type=task)
-        )
-    trained = {parameter: p for parameter, p in model.named_parameters() if p.requires_grad}
-    assert trained.keys() == start.keys()
-    for parameter, p in trained.items():
-        p.data.copy_(torch.from_numpy(start[parameter]).view_as(p))
     trainer_class, config, settings = trainer_of(name)
     losses: list[float] = []
 
@@ -176,16 +166,24 @@ def _trl(folder: Path, name: str, adapter: dict[str, Any], start: dict[str, np.n
         processing_class=tokenizer,
         **reference_of(name, adapter, folder, options),
     )
+    trained = {parameter: p for parameter, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained.keys() == start.keys()
+    for parameter, p in trained.items():
+        p.data.copy_(torch.from_numpy(start[parameter]).view_as(p))
     trainer.train()
     shutil.rmtree(folder / f"trl-{name}", ignore_errors=True)
     return losses
 
 
 def reference_of(name: str, adapter: dict[str, Any], folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The reference that TRL is to use: with an adapter it switches that off itself."""
+    """The reference that TRL is to use, and the adapter, which it adds itself: then it switches that off for a reference."""
+    from peft import LoraConfig
     from transformers import AutoModelForCausalLM
 
-    if adapter or name not in ("dpo", "dpo_normalized", "ipo", "kto"):
+    if adapter:
+        task = "SEQ_CLS" if name == "reward" else "CAUSAL_LM"
+        return {"peft_config": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type=task)}
+    if name not in ("dpo", "dpo_normalized", "ipo", "kto"):
         return {}
     return {"ref_model": AutoModelForCausalLM.from_pretrained(folder / "model", **options)}
 
