@@ -30,6 +30,7 @@ class KtoObjective:
     """Sum over answers of the loss above; the denominator is their number."""
 
     together = True
+    same_every_epoch = False  # each epoch brings prompts together with other rows' answers
 
     def __init__(self, dpo: Dpo, *, packed: bool, pad_id: int, references: References) -> None:
         self.dpo, self.packed, self.pad_id, self.references = dpo, packed, pad_id, references

@@ -76,6 +76,8 @@ class PreferenceObjective:
     """
 
     together = True
+    #: Whether what it wants of the reference depends on the rows alone, not on how they come together.
+    same_every_epoch = True
 
     def __init__(self, dpo: Dpo, *, packed: bool, pad_id: int, references: References) -> None:
         self.dpo, self.packed, self.pad_id, self.references = dpo, packed, pad_id, references

@@ -18,18 +18,30 @@ Gather = Callable[[Any], list[Any]]
 
 
 def compute_references(
-    learner: Learner, corpus: Corpus, steps: Iterable[StepPlan], rank: int, gather: Gather
+    learner: Learner,
+    corpus: Corpus,
+    steps: Iterable[StepPlan],
+    rank: int,
+    gather: Gather,
+    *,
+    epoch_rows: int,
 ) -> int:
     """Compute what the cache does not hold of the steps; returns how many sequences that were.
 
-    The learner's model must be as the run started it. All ranks call it with the same steps.
+    The learner's model must be as the run started it. All ranks call it with the same steps, of which an epoch has
+    `epoch_rows` positions: where an objective wants the same of a row every time, one epoch without news is the last.
     """
     objective: Any = learner.objective
     references = objective.references.of(corpus)
     computed = 0
+    news_at: int | None = None
     for step in steps:
         if references.has(objective.wanted(step)):
+            news_at = step.position if news_at is None else news_at
+            if objective.same_every_epoch and step.position - news_at >= epoch_rows:
+                break
             continue
+        news_at = step.next_position
         batches = list(objective.sequences(corpus, step, rank))
         results = learner.infer((batch for _, batch in batches), "logprobs")
         own = [(names, values.tolist()) for (names, _), values in zip(batches, results, strict=True)]

@@ -298,12 +298,24 @@ class Worker:
         began = time.perf_counter()
         with self._beating("reference"):
             computed = compute_references(
-                self.learner, self.corpus, self._steps_from(position), self.rank, setup.gather
+                self.learner,
+                self.corpus,
+                self._steps_from(position),
+                self.rank,
+                setup.gather,
+                epoch_rows=self.order.epoch_rows(),
             )
             if self.plan.eval_spec is not None:
                 corpus = setup.open_corpus(self.plan, self.plan.eval_spec)
                 steps = evaluation_steps(self.plan, corpus, self.world_size, self.learner.objective.together)
-                computed += compute_references(self.learner, corpus, steps, self.rank, setup.gather)
+                computed += compute_references(
+                    self.learner,
+                    corpus,
+                    steps,
+                    self.rank,
+                    setup.gather,
+                    epoch_rows=self.plan.eval_spec.rows,
+                )
         if computed:
             seconds = time.perf_counter() - began
             self._tell("event", "reference", f"{computed} log-probabilities computed in {seconds:.0f} s")

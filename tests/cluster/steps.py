@@ -113,8 +113,9 @@ def learner_of(plan: RunPlan, folder: Path) -> Learner:
     files = job_files(plan.job, folder / "node")
     learner = setup.build_learner(plan, files, pad_id=256)
     if plan.job.method == "dpo" and plan.job.dpo.needs_reference:
-        for corpus, step in step_plans(plan, folder, plan.total_steps):
-            compute_references(learner, corpus, [step], dist.get_rank(), setup.gather)
+        corpora, steps = zip(*step_plans(plan, folder, plan.total_steps), strict=True)
+        rows = plan.train_spec.rows
+        compute_references(learner, corpora[0], steps, dist.get_rank(), setup.gather, epoch_rows=rows)
     return learner
 
 

@@ -12,8 +12,17 @@ import numpy as np
 import pytest
 
 from rayft.report.log import read_log
+from rayft.spec import Job
 from rayft.storage import open_store
-from tests.cluster.steps import plan_of, prepare_folder, reference_losses, small_job
+from tests.cluster.steps import (
+    learner_of,
+    plan_of,
+    prepare_folder,
+    reference_losses,
+    small_job,
+    state_of,
+)
+from tests.ranks import run_ranks
 from tests.runs import events, losses, rayft, step_reached, wait_until, write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -40,19 +49,30 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
+def trained_from(folder: Path, job: Job) -> dict[str, np.ndarray]:
+    """The parameters before the first step, new score heads and all."""
+    learner = learner_of(plan_of(job, folder, stage=0, packed=True), folder)
+    return {name: data for (name, what), data in state_of(learner).items() if what == "param"}
+
+
 def add_node(cluster: Any, number: int) -> Any:
     return cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{number}", object_store_memory=100 << 20)
 
 
-def test_a_node_goes_and_comes_back(cluster: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["sft", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("reward", "dpo", "kto"))]
+)
+def test_a_node_goes_and_comes_back(kind: str, cluster: Any, tmp_path: Path) -> None:
     """[1, 2] workers: 2, then 1, then 2 again; same samples, same global batch, losses of a plain loop to 1e-4."""
     folder = prepare_folder(
         tmp_path, hidden_size=192, intermediate_size=512, num_hidden_layers=4, head_dim=48
     )
     job = small_job(
         folder,
+        kind,
         name="elastic",
-        train={"max_steps": 100_000, "learning_rate": 1e-4},  # until it is asked to stop
+        # Until it is asked to stop; KTO looks at the reference of every step before the first.
+        train={"max_steps": 400 if kind == "kto" else 100_000, "learning_rate": 1e-4},
         zero={"stage": 2},
         cluster={"num_workers": [1, 2], "elastic_interval_s": 3, "max_failures": 5},
         checkpoint={"every_steps": 5},
@@ -81,7 +101,9 @@ def test_a_node_goes_and_comes_back(cluster: Any, tmp_path: Path) -> None:
         assert run.wait() == 8, run.output()
     measured = losses(store)
     assert list(measured) == list(range(1, len(measured) + 1))
-    expected, _ = reference_losses(plan_of(job, folder, stage=0, packed=True), folder, len(measured))
+    start = run_ranks(trained_from, 1, folder, job)[0] if kind == "reward" else None
+    plan = plan_of(job, folder, stage=0, packed=True)
+    expected, _ = reference_losses(plan, folder, len(measured), start, kind)
     np.testing.assert_allclose(list(measured.values()), expected, rtol=1e-4)
     positions = [row["position"] for row in read_log(store) if row["kind"] == "step"]
     assert positions == [8 * step for step in measured]

@@ -101,13 +101,14 @@ def test_losses_and_gradients_of_a_plain_loop(folder: Path, adapter: dict[str, A
         assert difference.norm() <= 1e-6 * gradient.norm(), name
 
 
-def _resume(folder: Path, precision: str) -> dict[str, Any]:
+def _resume(folder: Path, precision: str, kind: str) -> dict[str, Any]:
     """At every stage: 3 + 3 steps against 6 straight, then 3 steps from the state that stage 2 had after 3."""
     outcome: dict[str, Any] = {}
     common: Any = None
     for stage in (2, 0, 1, 3):
         job = small_job(
             folder,
+            kind,
             train={"precision": precision, "micro_batch_size": 1, "max_steps": 6},
             deepspeed=SUB_GROUPS if stage == 3 else {},
         )
@@ -133,9 +134,16 @@ def _resume(folder: Path, precision: str) -> dict[str, Any]:
     return outcome
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_fragments_resume_exactly_at_every_stage(folder: Path, precision: str) -> None:
-    for outcome in run_ranks(_resume, 2, folder, precision):
+OTHERS = [
+    pytest.param(precision, kind, marks=pytest.mark.full)
+    for kind in ("reward", "dpo", "kto")
+    for precision in ("fp32", "bf16")
+]
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("fp32", "sft"), ("bf16", "sft"), *OTHERS])
+def test_fragments_resume_exactly_at_every_stage(folder: Path, precision: str, kind: str) -> None:
+    for outcome in run_ranks(_resume, 2, folder, precision, kind):
         for name, (straight, resumed, equal) in outcome.items():
             if name.endswith("own"):
                 assert resumed == straight, name

@@ -22,7 +22,21 @@ pytest_plugins = ["tests.browser"]
 pytestmark = pytest.mark.slow
 
 COUNT, UNSEEN = 40, 100
-WORDS = ["open", "close", "lid", "tap", "water", "steam", "button", "wheel", "lamp", "door", "handle", "paper", "cup"]
+WORDS = [
+    "open",
+    "close",
+    "lid",
+    "tap",
+    "water",
+    "steam",
+    "button",
+    "wheel",
+    "lamp",
+    "door",
+    "handle",
+    "paper",
+    "cup",
+]
 
 
 def answer(rng: random.Random, polite: bool) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rayft.checkpoint import latest
+from rayft.report.log import read_log
 from rayft.storage import open_store
 from tests.cluster.steps import plan_of, prepare_folder, reference_losses, small_job
 from tests.runs import (
@@ -154,6 +155,50 @@ def test_a_signal_before_training_ends_a_run_with_8(runs: Runs) -> None:
         run.process.send_signal(signal.SIGTERM)
         assert run.wait(timeout_s=60) == 8, run.output()
         assert "interrupted" in run.output() or "asked to stop" in run.output()
+
+
+#: The other methods: a cell in `make test`, the rest in `make test-full`.
+OTHERS = ["dpo", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("reward", "kto", "orpo"))]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_killed_trees_change_nothing_in_other_methods(kind: str, tmp_path: Path) -> None:
+    """Everything killed in mid-step and started again, with an evaluation on held-out rows."""
+    folder = prepare_folder(tmp_path)
+    uris = {}
+    for name in ("whole", "killed"):
+        job = small_job(
+            folder,
+            kind,
+            name=name,
+            seed=3,
+            train={"max_steps": 12, "precision": "bf16"},
+            zero={"stage": 2},
+            cluster={"num_workers": 2},
+            checkpoint={"every_steps": 2},
+        )
+        held_out = job.data.model_copy(update={"eval": job.data.train})
+        job = job.model_copy(
+            update={"data": held_out, "eval": job.eval.model_copy(update={"every_steps": 6})}
+        )
+        uris[name] = folder / "runs" / name
+        path = str(write_job(job, folder / f"{name}.yaml"))
+        if name == "killed":
+            with rayft("run", path, log=folder / "killed.log") as run:
+                wait_until("step 4", step_reached(open_store(uris[name]), 4), run)
+                run.kill_tree()
+        with rayft("run", path, log=folder / f"{name}.log") as run:
+            assert run.wait() == 0, run.output()
+    assert_same_state(uris["killed"], uris["whole"])
+    logs = {name: read_log(open_store(uri)) for name, uri in uris.items()}
+    for what in ("step", "eval"):
+        seen = {
+            name: [(row["step"], row["loss"], row["metrics"]) for row in rows if row["kind"] == what]
+            for name, rows in logs.items()
+        }
+        assert seen["killed"] == seen["whole"]
+        assert seen["whole"][-1][0] == 12
+    assert len(events(open_store(uris["killed"]), "resume")) == 1
 
 
 @pytest.mark.parametrize(

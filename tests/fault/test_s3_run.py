@@ -18,9 +18,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 12
 
 
-def job_file(folder: Path, bucket: str, name: str, **checkpoint: object) -> Path:
+def job_file(folder: Path, bucket: str, name: str, kind: str = "sft", **checkpoint: object) -> Path:
     job = small_job(
         folder,
+        kind,
         name=name,
         storage=f"s3://{bucket}/runs",
         train={"max_steps": STEPS},
@@ -31,19 +32,22 @@ def job_file(folder: Path, bucket: str, name: str, **checkpoint: object) -> Path
     return write_job(job, folder / f"{name}.yaml")
 
 
+@pytest.mark.parametrize(
+    "kind", ["sft", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("reward", "dpo", "kto"))]
+)
 def test_run_through_faults_and_a_kill_before_the_manifest(
-    tmp_path: Path, s3_bucket: str, s3_proxy: FaultyProxy
+    kind: str, tmp_path: Path, s3_bucket: str, s3_proxy: FaultyProxy
 ) -> None:
     """Passing faults are retried; killed between fragments and manifest, the run goes on from the checkpoint before."""
     folder = prepare_folder(tmp_path)
-    for kind in ("slow_down", "reset", "truncated_response"):
-        s3_proxy.add(kind, times=3)  # type: ignore[arg-type]
-    with rayft("run", str(job_file(folder, s3_bucket, "whole")), log=tmp_path / "whole.log") as run:
+    for fault in ("slow_down", "reset", "truncated_response"):
+        s3_proxy.add(fault, times=3)  # type: ignore[arg-type]
+    with rayft("run", str(job_file(folder, s3_bucket, "whole", kind)), log=tmp_path / "whole.log") as run:
         assert run.wait() == 0, run.output()
     assert sum(s3_proxy.hits.values()) == 9
     s3_proxy.clear()
 
-    path, uri = job_file(folder, s3_bucket, "killed"), f"s3://{s3_bucket}/runs/killed"
+    path, uri = job_file(folder, s3_bucket, "killed", kind), f"s3://{s3_bucket}/runs/killed"
     s3_proxy.add("slow", "PUT", "step-6/manifest", seconds=60)
     with rayft("run", str(path), log=tmp_path / "killed.log") as run:
         wait_until("the manifest of step 6 to be under way", lambda: s3_proxy.hits.get("slow"), run)
