@@ -33,7 +33,7 @@ GEMMA = ("gemma", "gemma2", "gemma3_text")
 
 def activation_bytes(job: Job, architecture: Architecture, element: int) -> int:
     """Activations of the largest micro-batch of a rank at the start of the backward pass, without logits."""
-    tokens = job.train.micro_batch_size * job.data.max_length
+    tokens = micro_batch_tokens(job)
     layer = layer_bytes_per_token(architecture, element, norms_trained=job.adapter.type == "none")
     layer += architecture.heads * _score_bytes(job, element)
     if job.train.gradient_checkpointing:
@@ -46,6 +46,14 @@ def activation_bytes(job: Job, architecture: Architecture, element: int) -> int:
     # gradients on their way through one layer, and the final norm
     moving = element * (2 * architecture.intermediate + 2 * architecture.hidden)
     return tokens * (kept + moving + (4 + 2 * element) * architecture.hidden) + updates
+
+
+def micro_batch_tokens(job: Job) -> int:
+    """Tokens of the largest micro-batch: answers that are compared stay together, two of a pair (more of a ranked list)."""
+    tokens = job.train.micro_batch_size * job.data.max_length
+    if job.method == "sft" or (job.method == "dpo" and job.dpo.loss == "kto"):
+        return tokens
+    return max(tokens, 2 * job.data.max_length) if job.data.packing is not False else 2 * tokens
 
 
 def layer_bytes_per_token(architecture: Architecture, element: int, *, norms_trained: bool = True) -> int:
@@ -69,7 +77,9 @@ def logits_bytes(job: Job, architecture: Architecture, element: int) -> int:
 
     The chunk exists in the compute dtype, and in fp32 on a GPU (a CPU takes it in tiles that fit its cache).
     """
-    tokens = job.train.micro_batch_size * job.data.max_length
+    if job.method == "reward":
+        return 0  # a score is one number
+    tokens = micro_batch_tokens(job)
     chunk = min(job.train.logits_chunk, tokens)
     on_gpu = job.cluster.gpus_per_worker > 0
     logits = chunk * architecture.vocabulary * (element + (4 if on_gpu else 0))

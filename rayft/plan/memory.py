@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayft.plan.activations import activation_bytes, logits_bytes
@@ -58,6 +58,7 @@ def plan_memory(
     job: Job, architecture: Architecture, stage: int, world_size: int | None = None
 ) -> MemoryPlan:
     """Memory of one rank of `world_size` (default: the fewest workers the job allows) under a ZeRO stage."""
+    architecture = of_method(job, architecture)
     ranks = world_size or job.cluster.min_workers
     trained = trainable_parameters(job.adapter, architecture)
     frozen = architecture.total if job.adapter.type != "none" else 0
@@ -86,6 +87,15 @@ def plan_memory(
         overhead=OVERHEAD_GPU if on_gpu else OVERHEAD_CPU,
         host=math.ceil(host),
     )
+
+
+def of_method(job: Job, architecture: Architecture) -> Architecture:
+    """The model that is trained: a reward model has score heads in place of the language model's."""
+    if job.method != "reward":
+        return architecture
+    heads = ("lm_head.weight", "embed_out.weight")
+    body = {name: shape for name, shape in architecture.parameters.items() if name not in heads}
+    return replace(architecture, parameters={**body, "score.weight": (job.reward.heads, architecture.hidden)})
 
 
 def _element_bytes(precision: str) -> tuple[int, int]:

@@ -123,3 +123,30 @@ def test_bucket_sizes_are_those_deepspeed_gets() -> None:
 
     options = deepspeed_config(job(), 3)["zero_optimization"]
     assert {name: options[name] for name in bucket_defaults(job())} == bucket_defaults(job())
+
+
+def test_a_reward_model_has_no_language_head_and_no_logits() -> None:
+    head = 128256 * 4096
+    reward = plan_memory(job(method="reward", reward={"heads": 4}), MODEL, 0)
+    assert reward.weights == 2 * (P - head + 4 * 4096)
+    assert reward.logits == 0
+
+
+def test_answers_that_stay_together_need_room_for_two() -> None:
+    """A pack holds a pair at least; unpacked, every row of a micro-batch is one. KTO's answers are single."""
+    one = plan_memory(job(), MODEL, 2).activations
+    pair = plan_memory(job(method="dpo"), MODEL, 2).activations
+    assert pair == 2 * one
+    four = {"micro_batch_size": 4}
+    packed = plan_memory(job(method="dpo", train=four), MODEL, 2).activations
+    assert packed == plan_memory(job(train=four), MODEL, 2).activations
+    apart = {"train": [{"path": "a"}], "packing": False}
+    values = {
+        "name": "x",
+        "model": {"path": "m"},
+        "cluster": {"num_workers": 4, "gpus_per_worker": 1},
+        "train": four,
+    }
+    unpacked = parse_job({**values, "data": apart, "method": "dpo"})
+    assert plan_memory(unpacked, MODEL, 2).activations == 2 * packed
+    assert plan_memory(job(method="dpo", dpo={"loss": "kto"}), MODEL, 2).activations == one
