@@ -34,6 +34,9 @@ Gather = Callable[[list[Record]], list[list[Record]]]
 #: Called with a suite's name and the first records that hold generated text: `prompt`, `answer`, `reference`.
 KeepSamples = Callable[[str, list[dict[str, Any]]], None]
 
+#: Called with a suite's name and what the report draws of it.
+KeepDetails = Callable[[str, dict[str, Any]], None]
+
 
 def run_suites(
     suites: Sequence[Suite],
@@ -44,6 +47,7 @@ def run_suites(
     world_size: int = 1,
     gather: Gather | None = None,
     keep_samples: KeepSamples | None = None,
+    keep_details: KeepDetails | None = None,
     samples: int = 10,
     cache_dir: Path | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -60,6 +64,8 @@ def run_suites(
         parts = gather(mine) if gather else [mine]
         records = sorted(chain.from_iterable(parts), key=lambda record: record["row"])
         results[name] = suite.summarise(records)
+        if keep_details and isinstance(suite, Preference) and (details := suite.details(records)):
+            keep_details(name, details)
         if keep_samples:
             shown = [
                 {key: r[key] for key in ("prompt", "answer", "reference")} for r in records if "answer" in r

@@ -29,6 +29,11 @@ def load_model(
     adapter = adapter_folder(path, cache_dir)
     spec = Model.model_validate({"path": base_of(adapter) if adapter else path})
     files = resolve_model(spec, cache_dir)
+    if scores(adapter or files.folder):
+        raise JobError(
+            f"The model {path} is a reward model: it scores answers and writes none.",
+            "Use `rayft score`, or give a language model.",
+        )
     model: nn.Module = build_model(files, spec, dtype=dtype, attention="auto", device=device)
     if adapter is None:
         return model, load_tokenizer(files, spec)
@@ -57,6 +62,16 @@ def adapter_folder(path: str, cache_dir: Path) -> Path | None:
         return None
     local = Path(path.removeprefix("file://")).expanduser()
     return next((f for f in (local, local / "model") if (f / "adapter_config.json").exists()), None)
+
+
+def scores(folder: Path) -> bool:
+    """Whether the model, or the adapter, in a folder is one that scores."""
+    name = "adapter_config.json" if (folder / "adapter_config.json").exists() else "config.json"
+    config = json.loads((folder / name).read_text(encoding="utf-8"))
+    architectures = config.get("architectures") or ()
+    return config.get("task_type") == "SEQ_CLS" or any(
+        "ForSequenceClassification" in a for a in architectures
+    )
 
 
 def base_of(adapter: Path) -> str:

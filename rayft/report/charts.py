@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 WIDTH, HEIGHT = 520, 220
@@ -18,12 +18,13 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """A named line; `dots` marks its points, for lines with few of them."""
+    """A named line; `dots` marks its points, for lines with few of them; without `line` there are only dots."""
 
     name: str
     points: Sequence[Point]
     dots: bool = False
     colour: str = "var(--line)"
+    line: bool = True
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Axes:
 
 def line_chart(series: Sequence[Series], marks: Sequence[float] = ()) -> str:
     """One chart of several lines over the optimizer step; `marks` are steps with a dashed line (restarts)."""
-    drawn = [Series(s.name, thin(s.points), s.dots, s.colour) for s in series if s.points]
+    drawn = [replace(series_, points=thin(series_.points)) for series_ in series if series_.points]
     if not drawn:
         return '<p class="none">nothing logged</p>'
     axes = Axes.around([point for s in drawn for point in s.points])
@@ -136,7 +137,8 @@ def _line(axes: Axes, series: Series) -> str:
         dots = "".join(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill:{series.colour}"/>' for x, y in places
         )
-    return f'<polyline class="line" style="stroke:{series.colour}" points="{path}"/>{dots}'
+    line = f'<polyline class="line" style="stroke:{series.colour}" points="{path}"/>' if series.line else ""
+    return line + dots
 
 
 def _mark(axes: Axes, step: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -14,7 +15,7 @@ from rayft.report.lineage import read_lineage
 from rayft.report.log import Row, read_log
 from rayft.report.tables import Results, deltas, summary
 from rayft.spec import Job, parse_job
-from rayft.storage import Store
+from rayft.storage import ObjectNotFound, Store
 
 PAGE = "report.html"
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#ca8a04", "#64748b", "#db2777")
@@ -25,18 +26,28 @@ def write_page(store: Store) -> None:
     import yaml
 
     text = store.get("job.yaml").decode()
-    page = render_page(parse_job(yaml.safe_load(text)), text, read_log(store), read_lineage(store))
+    page = render_page(
+        parse_job(yaml.safe_load(text)), text, read_log(store), read_lineage(store), _details(store)
+    )
     store.put(PAGE, page.encode())
 
 
-def render_page(job: Job, job_text: str, rows: Sequence[Row], lineage: dict[str, Any] | None) -> str:
-    """The page as HTML. job_text: the resolved job as written; rows: of the run log; lineage: of lineage.json."""
+def render_page(
+    job: Job,
+    job_text: str,
+    rows: Sequence[Row],
+    lineage: dict[str, Any] | None,
+    details: dict[str, Any] | None = None,
+) -> str:
+    """The page as HTML. job_text: the resolved job as written; rows: of the run log; lineage: of lineage.json; details:
+    of details-after.json, what suites give to be drawn."""
     steps = [row for row in rows if row["kind"] == "step"]
     events = [row for row in rows if row["kind"] == "event"]
     sections = [
         _header(job, rows, events),
         _section("Training", _curves(rows, steps, events)),
         _section("Before and after", _suites(job, rows)),
+        _section("Agreement with people", _agreement(details or {})),
         _section("Where the time went", _time_split(steps)),
         _section("Memory", _memory(job, steps, events)),
         _section("Checkpoints", _checkpoints(events)),
@@ -121,6 +132,30 @@ def _suites(job: Job, rows: Sequence[Row]) -> str:
         )
         lines.append((delta.verdict + (" forgot" if delta.forgot else ""), cells))
     return _table(("suite", "metric", "before", "after", "change", ""), lines)
+
+
+def _agreement(details: dict[str, Any]) -> str:
+    """Of each suite of a reward model: how often it is right by how sure it is, and scores against length."""
+    figures = []
+    for suite, found in details.items():
+        bins = [(100 * sure, 100 * right) for sure, right, _ in found["calibration"]]
+        ideal = Series("as sure as right", [(50, 50), (100, 100)], colour=COLOURS[5])
+        figures.append((f"{suite}: share right by confidence, %", [Series("model", bins, True), ideal]))
+        answers = [(length, score) for length, score in found["length_and_score"]]
+        figures.append(
+            (f"{suite}: score by length in tokens", [Series("answers", answers, True, line=False)])
+        )
+    return "".join(
+        f"<figure><figcaption>{escape(title)}</figcaption>{line_chart(series)}</figure>"
+        for title, series in figures
+    )
+
+
+def _details(store: Store) -> dict[str, Any]:
+    try:
+        return json.loads(store.get("details-after.json"))
+    except ObjectNotFound:
+        return {}
 
 
 def _time_split(steps: Sequence[Row]) -> str:

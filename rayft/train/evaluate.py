@@ -124,6 +124,7 @@ def measure_suites(worker: Worker, when: str) -> None:
         engine = TransformersEngine(learner.module, worker.tokenizer, batch_size=batch_size, sync=sync)
     learner.module.eval()
     samples: dict[str, Any] = {}
+    details: dict[str, Any] = {}
     results = run_suites(
         suites,
         engine,
@@ -132,10 +133,13 @@ def measure_suites(worker: Worker, when: str) -> None:
         world_size=worker.world_size,
         gather=setup.gather,
         keep_samples=samples.__setitem__,
+        keep_details=details.__setitem__,
         cache_dir=node_cache_dir() / "data",
     )
     learner.module.train()
     if worker.rank == 0:
         worker.store.put(f"samples-{when}.json", json.dumps(samples, indent=1, ensure_ascii=False).encode())
+        if details:
+            worker.store.put(f"details-{when}.json", json.dumps(details).encode())
         worker.store.put(key, json.dumps(results, indent=1, ensure_ascii=False).encode())
         worker.recorder.row.remote({"kind": "suites", "when": when, "step": worker.step, "results": results})

@@ -108,7 +108,10 @@ def show_result(store: Store, job: Job, console: Console) -> None:
         console.print(suites_table(before, after, job.eval.suites))
     console.print(summary_table(read_log(store), job.name))
     console.print(f"Report: {store.where('report.html')}")
-    console.print(f"Talk to it: rayft chat {store.where('model')}")
+    if job.method == "reward":
+        console.print(f"Score with it: rayft score {store.where('model')} --data FILE --out FILE")
+    else:
+        console.print(f"Talk to it: rayft chat {store.where('model')}")
 
 
 def suite_results(store: Store, when: str) -> dict[str, dict[str, float]] | None:

@@ -86,7 +86,8 @@ def objective_of(plan: RunPlan, files: ModelFiles, pad_id: int) -> Objective:
         return SftObjective(packed=packed, pad_id=pad_id)
     if job.method == "reward":
         return RewardObjective(job.reward, packed=packed, pad_id=pad_id)
-    references = References(open_store(plan.cache_uri), files.identity, job.train.precision)
+    quantized = job.adapter.type == "qlora"  # then the reference is what is left of the model in 4 bits
+    references = References(open_store(plan.cache_uri), files.identity, job.train.precision, quantized)
     kind = KtoObjective if job.dpo.loss == "kto" else PreferenceObjective
     return kind(job.dpo, packed=packed, pad_id=pad_id, references=references)
 

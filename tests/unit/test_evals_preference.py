@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from rayft.cli import main
-from rayft.errors import DataError
+from rayft.errors import DataError, JobError
 from rayft.evals.preference import Preference
 from rayft.evals.run import run_suites
 from rayft.evals.score import score_rows
 from rayft.generate.hf import TransformersEngine
+from rayft.generate.load import load_model
 from rayft.generate.scores import ScoreEngine, load_score_model
 from rayft.model.export import export_model
 from rayft.model.files import job_files
@@ -153,3 +154,12 @@ def test_score_writes_one_number_for_each_answer(tmp_path: Path) -> None:
     lonely = write_jsonl(tmp_path / "lonely.jsonl", rows[1:])
     assert main(["score", str(model), "--data", str(lonely), "--out", str(tmp_path / "o.jsonl")]) == 3
     assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize("adapter", [{}, {"type": "lora", "lora_r": 4}], ids=["full", "lora"])
+def test_a_reward_model_writes_nothing(adapter: dict[str, Any], tmp_path: Path) -> None:
+    job = job_of(save_tiny(tmp_path / "model"), adapter=adapter)
+    reader, _ = checkpoint_of(job, tmp_path)
+    export_model(reader, job_files(job, tmp_path / "cache"), job, tmp_path / "reward", merge=False)
+    with pytest.raises(JobError, match="is a reward model"):
+        load_model(str(tmp_path / "reward"), cache_dir=tmp_path / "cache")

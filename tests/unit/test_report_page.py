@@ -211,3 +211,54 @@ def test_git_state(tmp_path: Path) -> None:
     if state is None:
         pytest.skip("the tests run outside of a git checkout")
     assert len(state["commit"]) == 40
+
+
+def test_page_of_a_reward_model(tmp_path: Path) -> None:
+    """Metrics of the method over training and held-out rows, calibration, and scores against length."""
+    store = LocalStore(tmp_path)
+    store.put("job.yaml", dump_job(JOB).encode())
+    log = RunLog(store, 1, lambda: True)
+    for number in range(1, 4):
+        log.append(step(number, metrics={"accuracy": 0.5 + number / 10, "mean_score": -0.1}))
+    log.append(
+        {"kind": "eval", "step": 3, "loss": 0.4, "rows": 10, "metrics": {"accuracy": 0.7, "mean_score": 0.2}}
+    )
+    log.close()
+    details = {
+        "pairs <a>": {
+            "calibration": [[0.55, 0.5, 8], [0.9, 0.8, 4]],
+            "length_and_score": [[3, 0.5], [9, -1.0]],
+        }
+    }
+    store.put("details-after.json", json.dumps(details).encode())
+    write_page(store)
+    text = (tmp_path / "report.html").read_text()
+    page = Reader(text)
+    for title in (
+        "accuracy",
+        "mean score",
+        "pairs <a>: share right by confidence, %",
+        "pairs <a>: score by length in tokens",
+    ):
+        assert title in page.words
+    assert "55" in text
+    scattered = text[text.index("score by length") :]
+    assert scattered.count("<circle") == 2
+    assert "<polyline" not in scattered[: scattered.index("</figure>")]
+
+
+def test_progress_shows_what_a_method_measures() -> None:
+    import io
+
+    from rich.console import Console
+
+    from rayft.report.progress import Progress
+
+    out = io.StringIO()
+    progress = Progress(Console(file=out, width=200), 2)
+    progress.row({**step(1, metrics={"accuracy": 0.75, "margin": 0.5}), "time": 1.0})
+    progress.row({"kind": "eval", "step": 1, "loss": 0.4, "rows": 10, "metrics": {"accuracy": 0.7}})
+    progress.row({"kind": "eval", "step": 1, "loss": 0.4, "tokens": 1000, "metrics": {}})
+    assert "accuracy 75%  margin 0.5000" in out.getvalue()
+    assert "eval at step 1: loss 0.4000, accuracy 70% on 10 rows" in out.getvalue()
+    assert "loss 0.4000 on 1,000 tokens" in out.getvalue()
