@@ -75,6 +75,10 @@ def lines(*rows: object) -> tuple[object, ...]:
     return rows
 
 
+PAIR = {"prompt": "why?", "chosen": "yes", "rejected": "no"}
+ANSWER = {"role": "assistant", "content": "y"}
+REWARD, DPO, KTO = ("method=reward",), ("method=dpo",), ("method=dpo", "dpo.loss=kto")
+
 CASES = [
     # 2: the job file or the command line
     Case("unknown key", 2, ("train.learning_rat", "did you mean 'learning_rate'"), ("train.learning_rat=1",)),
@@ -159,6 +163,47 @@ CASES = [
         rows=({"messages": [{"role": "user", "content": "x"}]},),
         verb="check",
     ),
+    # 3: comparisons
+    Case(
+        "equal answers",
+        3,
+        ("rows.jsonl line 2", "say the same"),
+        REWARD,
+        rows=(PAIR, {**PAIR, "rejected": "yes"}),
+    ),
+    Case(
+        "no prompt",
+        3,
+        ("rows.jsonl line 2", "'prompt'"),
+        REWARD,
+        rows=(PAIR, {"chosen": "a", "rejected": "b"}),
+    ),
+    Case(
+        "no shared prompt",
+        3,
+        ("rows.jsonl line 1", "share no prompt"),
+        REWARD,
+        rows=({"chosen": GOOD["messages"], "rejected": [{"role": "user", "content": "else"}, ANSWER]},),
+    ),
+    Case(
+        "contradictory ratings",
+        3,
+        ("rows.jsonl line 3 contradicts", "rows.jsonl line 1", "data.contradictions"),
+        REWARD,
+        rows=(PAIR, {**PAIR, "prompt": "who?"}, {**PAIR, "chosen": "no", "rejected": "yes"}),
+    ),
+    Case(
+        "label out of range",
+        3,
+        ("rows.jsonl line 1", "the label is 3"),
+        KTO,
+        rows=({"prompt": "why?", "completion": "yes", "label": 3},),
+    ),
+    Case("empty answer", 3, ("rows.jsonl line 1", "'chosen' is empty"), DPO, rows=({**PAIR, "chosen": ""},)),
+    Case("pairs for kto", 3, ("rows.jsonl line 1", "labelled"), KTO, rows=(PAIR,)),
+    Case("conversations for dpo", 3, ("rows.jsonl line 1", "preference"), DPO),
+    Case("pairs for sft", 3, ("rows.jsonl line 1", "preference", "reward and dpo"), rows=(PAIR,)),
+    Case("another method's group", 2, ("dpo", "method sft"), ("dpo.beta=0.3",)),
     # 4: resources
     Case(
         "too many workers",
