@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -78,10 +79,13 @@ def rate(args: argparse.Namespace) -> int:
         args.temperature,
         args.seed,
     )
-    raters = [name.strip() for name in args.raters.split(",") if name.strip()]
-    hosts = {*Settings.hosts, args.host, *args.allow_host}
-    settings = Settings(raters, args.overlap, args.seed, args.token, sorted(hosts))
-    return serve(Path(args.folder), source, settings, host=args.host, port=args.port, console=Console())
+    raters = list(dict.fromkeys(name.strip() for name in args.raters.split(",") if name.strip()))
+    hosts = {*Settings.hosts, f"[{args.host}]" if ":" in args.host else args.host, *args.allow_host}
+    token = args.token or os.environ.get("RAYFT_RATE_TOKEN")
+    settings = Settings(raters, args.overlap, args.seed, token, sorted(hosts))
+    name = next(iter(args.allow_host), None)
+    folder, console = Path(args.folder), Console()
+    return serve(folder, source, settings, host=args.host, port=args.port, name=name, console=console)
 
 
 def ratings(args: argparse.Namespace) -> int:
@@ -184,9 +188,9 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--host", default="127.0.0.1", help="anything but loopback needs --token")
     sub.add_argument("--port", type=int, default=8770)
-    sub.add_argument("--token", help="secret of the raters' personal links")
+    sub.add_argument("--token", help="secret of the raters' personal links (or RAYFT_RATE_TOKEN)")
     sub.add_argument(
-        "--allow-host", action="append", default=[], help="further name under which the page is reached"
+        "--allow-host", action="append", default=[], help="name under which raters reach the page"
     )
     sub.add_argument("--seed", type=int, default=0, help="of the order and of the answers")
     verb("ratings", ratings).add_argument("folder", help="what `rayft rate` wrote to")

@@ -79,6 +79,10 @@ class Corpus:
         start, end = self._shard(index).row_documents[row - self._first_ids[index] :][:2]
         return range((index << 32) + int(start), (index << 32) + int(end))
 
+    def document_count(self) -> int:
+        """Documents of all shards; waits for them."""
+        return sum(len(self._shard(shard.index).targets) for shard in self.spec.shards)
+
     def length(self, document: int) -> int:
         """Tokens of a document."""
         start, end = self._span(document)

@@ -83,7 +83,7 @@ class Contradictions:
         """Compare a row with all before it; `pairs` collects (row, earlier row). A label is a win over nothing, or a loss."""
         if not isinstance(row, Comparison):
             return
-        said = [hash(wording(answer).text) for answer in row.answers]
+        said = [hash(repr(answer)) for answer in row.answers]
         if len(said) == 1:
             said = [said[0], 0] if row.value else [0, said[0]]
         for i, better in enumerate(said):

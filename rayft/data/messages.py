@@ -65,7 +65,7 @@ def _text(content: Any, where: str) -> str:
             raise DataError(
                 f"{where} has content of type {', '.join(sorted(other))}.", "rayft trains on text alone."
             )
-        return "".join(p["text"] for p in content)
+        return "".join(str(p.get("text", "")) for p in content)
     raise DataError(f"{where}: 'content' is not a string.", "Correct or drop the row.")
 
 

@@ -61,7 +61,7 @@ def write_scores(rows: Iterator[dict[str, Any]], out: Path) -> int:
     temporary, count = out.with_name(out.name + ".part"), 0
     with temporary.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             count += 1
     temporary.replace(out)
     return count

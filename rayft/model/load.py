@@ -15,7 +15,7 @@ from transformers import (
 
 from rayft.errors import JobError
 from rayft.model.files import ModelFiles, auto_class, load_config
-from rayft.model.weights import Weights
+from rayft.model.weights import Weights, skeleton
 from rayft.spec import Model
 
 
@@ -75,14 +75,20 @@ def build_quantized(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    return auto_class(files).from_pretrained(
+    module = auto_class(files).from_pretrained(
         files.folder,
+        config=load_config(files, model),
         dtype=dtype,
         quantization_config=quantization,
         device_map={"": device},
         attn_implementation=attention_name(load_config(files, model), attention),
         trust_remote_code=model.trust_remote_code,
     )
+    if files.score:  # a new head is the same on every rank, which transformers' would not be
+        weights = Weights(files, skeleton(files, model))
+        module.score.weight.data = weights.read("score.weight").to(device, dtype)
+        weights.close()
+    return module
 
 
 def assign(module: nn.Module, name: str, value: torch.Tensor) -> None:

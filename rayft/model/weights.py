@@ -147,6 +147,11 @@ class Weights:
             )
         for name, group in self._groups.items():
             shape = group.results(self._meta, self._module)[name].shape
+            if shape != expected[name].shape and is_score(name):
+                raise JobError(
+                    f"The weights of {self._source} have {shape[0]} score heads; the job asks for {expected[name].shape[0]}.",
+                    f"Set reward.heads to {shape[0]}, or start from a language model.",
+                )
             if shape != expected[name].shape:
                 raise JobError(
                     f"The weights of {self._source} have {name} of shape {tuple(shape)}; "

@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from rayft.data.corpus import Corpus
-from rayft.data.step import MicroBatch, StepPlan
+from rayft.data.step import MicroBatch, StepPlan, deal, packed_layout, padded_layout
 from rayft.data.template import Sample
 from rayft.data.tensors import answer_tensors, sequence_tensors
 from rayft.model.head import forward_logprobs
 from rayft.objectives.base import Batch, Infer, Sequence, sum_over_ranks
 from rayft.objectives.preference import sum_by_document
 from rayft.objectives.reference import References
-from rayft.spec import Dpo
+from rayft.spec import Job
 
 
 class KtoObjective:
@@ -32,8 +32,13 @@ class KtoObjective:
     together = True
     same_every_epoch = False  # each epoch brings prompts together with other rows' answers
 
-    def __init__(self, dpo: Dpo, *, packed: bool, pad_id: int, references: References) -> None:
-        self.dpo, self.packed, self.pad_id, self.references = dpo, packed, pad_id, references
+    def __init__(self, job: Job, *, packed: bool, pad_id: int, references: References) -> None:
+        self.dpo, self.max_length, self.micro_batch_size = (
+            job.dpo,
+            job.data.max_length,
+            job.train.micro_batch_size,
+        )
+        self.packed, self.pad_id, self.references = packed, pad_id, references
         self._moved = 0.0
         self._good_scale = self._bad_scale = 0.0
 
@@ -100,12 +105,17 @@ class KtoObjective:
     def _mismatched(
         self, corpus: Corpus, step: StepPlan, rank: int
     ) -> Iterator[tuple[list[Sequence], Batch]]:
-        """This rank's prompts, each with the answer of the row read before it."""
-        before = _partners(step)
-        for micro_batch in step.micro_batches[rank]:
-            pairs: list[Sequence] = [(document, before[document]) for row in micro_batch for document in row]
-            samples = [_joined(corpus, *pair) for pair in pairs]
-            yield pairs, sequence_tensors(samples, packed=self.packed, pad_id=self.pad_id)
+        """This rank's share of the prompts with the answers of the rows read before them, laid out by their lengths."""
+        pairs: list[Sequence] = list(_partners(step).items())
+        samples = [_joined(corpus, asked, answered, self.max_length) for asked, answered in pairs]
+        lengths = [len(sample.ids) for sample in samples]
+        layout, ranks = packed_layout if self.packed else padded_layout, len(step.micro_batches)
+        slots = layout(lengths, self.max_length, self.micro_batch_size, ranks)
+        loads = [sum(lengths[i] for row in slot for i in row) for slot in slots]
+        for slot in deal(slots, loads, ranks)[rank]:
+            own = [i for row in slot for i in row]
+            batch = sequence_tensors([samples[i] for i in own], packed=self.packed, pad_id=self.pad_id)
+            yield [pairs[i] for i in own], batch
 
 
 def _partners(step: StepPlan) -> dict[int, int]:
@@ -114,9 +124,11 @@ def _partners(step: StepPlan) -> dict[int, int]:
     return dict(zip(read, [read[-1], *read[:-1]], strict=True))
 
 
-def _joined(corpus: Corpus, asked: int, answered: int) -> Sample:
-    """The prompt of one document with the answer of another."""
+def _joined(corpus: Corpus, asked: int, answered: int, max_length: int) -> Sample:
+    """The prompt of one document, without its beginning where that gets too long, with the answer of another."""
     prompt, answer = corpus.prompt_length(asked), corpus.prompt_length(answered)
-    ids = np.concatenate([corpus.sample(asked).ids[:prompt], corpus.sample(answered).ids[answer:]])
-    trained = np.concatenate([np.zeros(prompt, np.bool_), corpus.sample(answered).trained[answer:]])
+    said = corpus.sample(answered)
+    excess = max(0, min(prompt - 1, prompt + len(said.ids) - answer - max_length))
+    ids = np.concatenate([corpus.sample(asked).ids[excess:prompt], said.ids[answer:]])
+    trained = np.concatenate([np.zeros(prompt - excess, np.bool_), said.trained[answer:]])
     return Sample(ids, trained)

@@ -47,6 +47,9 @@ def preference_loss(
     if dpo.loss == "ipo":
         return (margin - 1 / (2 * beta)) ** 2, rewards
     if dpo.loss == "orpo":
+        scores = scores.clamp(
+            max=-1e-7
+        )  # of a certain answer the odds are infinite, and the gradient is nothing
         log_odds = scores - log1mexp(scores)
         return -beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1]), rewards
     logits = beta * margin - (dpo.simpo_gamma if dpo.loss == "simpo" else 0.0)
@@ -76,7 +79,7 @@ class PreferenceObjective:
     """
 
     together = True
-    #: Whether what it wants of the reference depends on the rows alone, not on how they come together.
+    #: Whether the reference of every document is all it ever wants, however rows come together.
     same_every_epoch = True
 
     def __init__(self, dpo: Dpo, *, packed: bool, pad_id: int, references: References) -> None:

@@ -53,7 +53,8 @@ def micro_batch_tokens(job: Job) -> int:
     tokens = job.train.micro_batch_size * job.data.max_length
     if job.method == "sft" or (job.method == "dpo" and job.dpo.loss == "kto"):
         return tokens
-    return max(tokens, 2 * job.data.max_length) if job.data.packing is not False else 2 * tokens
+    packed = job.data.packing is not False and job.model.attention in ("auto", "documents")
+    return max(tokens, 2 * job.data.max_length) if packed else 2 * tokens
 
 
 def layer_bytes_per_token(architecture: Architecture, element: int, *, norms_trained: bool = True) -> int:

@@ -10,6 +10,7 @@ from itertools import combinations
 
 import krippendorff
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from rayft.rate.items import Item
@@ -83,7 +84,9 @@ def table(agreement: Agreement) -> Table:
     for rater in agreement.raters:
         first = "" if rater.first is None else f"{rater.first:.0%}{' biased' if rater.biased else ''}"
         seconds = "" if rater.seconds is None else f"{rater.seconds:.1f}"
-        made.add_row(rater.name, str(rater.ratings), str(rater.ties), str(rater.skips), first, seconds)
+        made.add_row(
+            escape(rater.name), str(rater.ratings), str(rater.ties), str(rater.skips), first, seconds
+        )
     made.caption = summary(agreement)
     return made
 

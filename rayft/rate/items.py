@@ -102,7 +102,7 @@ def load_items(folder: Path) -> list[Item]:
     if not (folder / ITEMS).exists():
         raise JobError(f"{folder} holds no {ITEMS}.", "Give the folder that `rayft rate` wrote to.")
     items = []
-    for line in (folder / ITEMS).read_text(encoding="utf-8").splitlines():
+    for line in (folder / ITEMS).read_text(encoding="utf-8").rstrip("\n").split("\n"):
         values = json.loads(line)
         items.append(Item(values["id"], values["prompt"], tuple(Answer(**a) for a in values["answers"])))
     return items

@@ -50,19 +50,24 @@ class Ledger:
     """The ratings of a folder, open for writing. Raises StorageError if another process has it open."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / ".lock")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise StorageError(
                 f"{folder} is open in another `rayft rate`.", "Stop that one first; ratings have one writer."
+            ) from None
+        except OSError as error:
+            raise StorageError(
+                f"{folder} cannot be written to: {error}.", "Give a folder that is yours."
             ) from None
         self.path = folder / RATINGS
         self.cut = _move_cut_line(self.path, folder / CUT)
         self.events = list(read_events(self.path))
         self._requests = {event.request for event in self.events}
         self._file = self.path.open("ab", buffering=0)
+        _sync_folder(folder)  # so that the file itself survives a power cut
         self._thread_lock = threading.Lock()
 
     def append(self, event: Event) -> bool:
@@ -74,7 +79,7 @@ class Ledger:
             if event.request in self._requests:
                 return False
             stamped = Event(**{**asdict(event), "time": event.time or time.time()})
-            line = (json.dumps(asdict(stamped), ensure_ascii=False) + "\n").encode()
+            line = (json.dumps(asdict(stamped)) + "\n").encode()
             before = self.path.stat().st_size
             try:
                 written = self._file.write(line)
@@ -126,6 +131,14 @@ def standing(events: Iterator[Event] | list[Event]) -> dict[tuple[str, str], Eve
         else:
             stands[event.rater, event.item] = event
     return stands
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _move_cut_line(path: Path, kept: Path) -> bool:

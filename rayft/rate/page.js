@@ -127,6 +127,7 @@ async function send(path, body) {
     const { status, found } = await ask(path, { request: name(), ...body });
     if (status === 401) await begin();
     else if (status === 200) show(found);
+    else if (status === 409) await begin();
     else { ranking = []; mark(); }
   } finally {
     busy = false;

@@ -56,31 +56,54 @@ def agreed_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return agreed
 
 
-def ranked_rows(items: Sequence[Item], events: Iterable[Event]) -> Iterator[dict[str, Any]]:
-    """A `prompt`, `completions` row, best first, for every ranking of more than two answers without ties."""
-    by_id = {item.id: item for item in items}
+def ranked_rows(items: Sequence[Item], events: Iterable[Event]) -> list[dict[str, Any]]:
+    """A `prompt`, `completions` row, best first, of every item with more than two answers that was rated: by the mean of
+    the raters' places, and none where two answers come out equal."""
+    by_id = {item.id: item for item in items if len(item.answers) > 2}
+    rated: dict[str, list[Event]] = defaultdict(list)
     for event in events:
-        if (
-            event.kind == "rating"
-            and len(event.ranking) > 2
-            and all(len(group) == 1 for group in event.ranking)
-        ):
-            item = by_id[event.item]
-            answers = [_answer(item, group[0]) for group in event.ranking]
-            yield {"prompt": item.prompt, "completions": answers, "item": item.id, **_rated(event)}
+        if event.kind == "rating" and event.item in by_id:
+            rated[event.item].append(event)
+    rows = []
+    for name, own in rated.items():
+        item = by_id[name]
+        places = [_mean_places(event, len(item.answers)) for event in own]
+        means = [sum(column) / len(own) for column in zip(*places, strict=True)]
+        if len(set(means)) == len(means):
+            order = sorted(range(len(means)), key=means.__getitem__)
+            raters = [event.rater for event in own]
+            answers = [_answer(item, number) for number in order]
+            rows.append(
+                {
+                    "prompt": item.prompt,
+                    "completions": answers,
+                    "item": name,
+                    "rater": raters,
+                    "time": own[-1].time,
+                }
+            )
+    return rows
+
+
+def _mean_places(event: Event, answers: int) -> list[float]:
+    """The place of each answer in one ranking, from 0; equally good ones share the mean of theirs."""
+    places, before = [0.0] * answers, 0
+    for group in event.ranking:
+        for number in group:
+            places[number] = before + (len(group) - 1) / 2
+        before += len(group)
+    return places
 
 
 def write_rows(folder: Path, items: Sequence[Item], events: Sequence[Event]) -> dict[str, int]:
     """Write `preferences.jsonl` (one row for each two answers, by majority) and, if any, `ranked.jsonl`; rows by file."""
-    written = {
-        PREFERENCES: agreed_rows(preference_rows(items, events)),
-        RANKED: list(ranked_rows(items, events)),
-    }
+    written = {PREFERENCES: agreed_rows(preference_rows(items, events)), RANKED: ranked_rows(items, events)}
+    (folder / RANKED).unlink(missing_ok=True)  # of ratings that were taken back since
     for name, rows in written.items():
         if rows or name == PREFERENCES:
             temporary = folder / f"{name}.part"
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="replace")
             temporary.replace(folder / name)
     return {name: len(rows) for name, rows in written.items() if rows or name == PREFERENCES}
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from rayft.errors import JobError
 from rayft.rate.agreement import measure, table
-from rayft.rate.items import ITEMS, Item, load_items, read_answers, read_prompts, save_items
+from rayft.rate.items import ITEMS, MOST, Item, load_items, read_answers, read_prompts, save_items
 from rayft.rate.ledger import RATINGS, Ledger, read_events, standing
 from rayft.rate.rows import write_rows
 from rayft.rate.server import Desk, Settings, application, link_key
@@ -40,22 +40,36 @@ class Source:
     seed: int = 0
 
 
-def serve(folder: Path, source: Source, settings: Settings, *, host: str, port: int, console: Console) -> int:
+def serve(
+    folder: Path,
+    source: Source,
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    name: str | None,
+    console: Console,
+) -> int:
     """Serve the page on host and port until Ctrl-C; then write the rows and show the agreement.
 
-    A folder that holds items goes on with them. Raises JobError for settings that contradict each other.
+    name: under which raters reach the host, where that is not its address. A folder that holds items goes on with them.
+    Raises JobError for settings that contradict each other, StorageError if the folder is another's or cannot be written.
     """
-    loopback = _is_loopback(host)
-    if not loopback and not settings.token:
+    if not _is_loopback(host) and not settings.token:
         raise JobError(
-            f"--host {host} can be reached by others, and there is no --token.",
-            "Give --token SECRET (and --raters): every rater then gets a personal link.",
+            f"--host {host} can be reached by others, and there is no token.",
+            "Set --token SECRET or RAYFT_RATE_TOKEN (and --raters): every rater then gets a personal link.",
         )
     if settings.token and not settings.raters:
-        raise JobError("--token makes personal links, and nobody is named.", "Give --raters ann,bob.")
-    items = _items(folder, source, console)
+        raise JobError("A token makes personal links, and nobody is named.", "Give --raters ann,bob.")
+    if host in ("0.0.0.0", "::") and not name:
+        raise JobError(
+            f"--host {host} is every address of this machine, and none to put into a link.",
+            "Give --allow-host NAME, the name or address under which raters reach it.",
+        )
     ledger = Ledger(folder)
     try:
+        items = _items(folder, source, console)
         if ledger.cut:
             console.print(f"A rating that was cut in mid-line is in {folder}/ratings.cut; it is asked again.")
         app = application(Desk(items, ledger, settings), _secret(folder))
@@ -66,8 +80,8 @@ def serve(folder: Path, source: Source, settings: Settings, *, host: str, port: 
             console.print(
                 f"{len(items)} items, {len(standing(ledger.events))} ratings so far. Stop with Ctrl-C."
             )
-            for line in _links(settings, host, sock.getsockname()[1]):
-                console.print(line, soft_wrap=True, highlight=False)
+            for line in _links(settings, name or host, sock.getsockname()[1]):
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
             with contextlib.suppress(
                 KeyboardInterrupt
             ):  # uvicorn has ended in order and raises the signal again
@@ -78,11 +92,12 @@ def serve(folder: Path, source: Source, settings: Settings, *, host: str, port: 
 
 
 def report(folder: Path, console: Console) -> int:
-    """Show the agreement, and write the ratings as rows to train on."""
+    """Write the ratings as rows to train on, and show the agreement."""
     items, events = load_items(folder), list(read_events(folder / RATINGS))
+    written = write_rows(folder, items, list(standing(events).values()))
     console.print(table(measure(items, events)))
-    for name, count in write_rows(folder, items, list(standing(events).values())).items():
-        console.print(f"{count} rows are in {folder / name}.", soft_wrap=True, highlight=False)
+    for name, count in written.items():
+        console.print(f"{count} rows are in {folder / name}.", soft_wrap=True, highlight=False, markup=False)
     return 0
 
 
@@ -96,6 +111,11 @@ def _items(folder: Path, source: Source, console: Console) -> list[Item]:
     if source.answers:
         items = read_answers(source.answers, cache_dir=cache_dir, limit=source.limit)
     elif source.prompts and source.models:
+        if not 2 <= source.samples * len(source.models) <= MOST:
+            raise JobError(
+                f"{len(source.models)} models with {source.samples} answers each make {source.samples * len(source.models)}.",
+                f"From 2 to {MOST} answers can be compared: change --model or --samples.",
+            )
         from rayft.rate.generate import generate_items
 
         items = generate_items(
@@ -135,10 +155,10 @@ def _listening(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         sock.close()
         raise JobError(
-            f"{host}:{port} cannot be listened on: {error.strerror}.", "Give another --port."
+            f"{host}:{port} cannot be listened on: {str(error).rstrip('.')}.", "Give another --port."
         ) from None
     return sock
 
@@ -153,7 +173,9 @@ def _is_loopback(host: str) -> bool:
 def _secret(folder: Path) -> str:
     """What sessions are signed with; kept in the folder, for its owner only, so that a restart ends none."""
     path = folder / SECRET
-    if not path.exists():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    if not path.exists() or len(path.read_text()) < 32:
+        temporary = path.with_name(f"{SECRET}.{os.getpid()}")
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex())
+        temporary.replace(path)
     return path.read_text()

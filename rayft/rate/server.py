@@ -14,7 +14,6 @@ from markdown_it import MarkdownIt
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -25,6 +24,7 @@ from rayft.rate.ledger import Event, Ledger, standing
 from rayft.rate.share import order_of_answers, share_out
 
 COOKIE = "rater"
+ELSEWHERE = "you have rated this one already, perhaps in another tab"
 MAX_BODY, MAX_COMMENT, MAX_NAME = 64_000, 4_000, 40
 
 #: Nothing but our own script and style runs, and nothing is loaded from elsewhere, whatever a model wrote.
@@ -113,6 +113,8 @@ class Desk:
         if ranking is None:
             return "the ranking does not name every answer once"
         stands = standing(self.ledger.events).get((rater, item.id))
+        if stands is not None and stands.request != request:
+            return ELSEWHERE
         if stands is None:
             kind = "skip" if skip else "rating"
             self.ledger.append(
@@ -131,7 +133,7 @@ class Desk:
 
     def _last(self, rater: str) -> Event | None:
         stands = [event for (name, _), event in standing(self.ledger.events).items() if name == rater]
-        return max(stands, key=lambda event: event.time, default=None)
+        return stands[-1] if stands else None  # in the order of the ledger
 
 
 def application(desk: Desk, secret: str) -> Starlette:
@@ -139,7 +141,9 @@ def application(desk: Desk, secret: str) -> Starlette:
     settings = desk.settings
 
     def sign(name: str) -> str:
-        return f"{name}.{hmac.new(secret.encode(), f'session {name}'.encode(), hashlib.sha256).hexdigest()}"
+        # With the token in it, sessions end when the token changes.
+        said = f"session {settings.token or ''} {name}".encode()
+        return f"{name}.{hmac.new(secret.encode(), said, hashlib.sha256).hexdigest()}"
 
     def rater_of(request: Request) -> str | None:
         cookie = request.cookies.get(COOKIE, "")
@@ -185,7 +189,9 @@ def application(desk: Desk, secret: str) -> Starlette:
                 wrong = await run_in_threadpool(act, rater, said)
             except StorageError as error:
                 return _refused(str(error), 507)
-            return _refused(wrong, 400) if wrong else JSONResponse(await run_in_threadpool(desk.next, rater))
+            if wrong:
+                return _refused(wrong, 409 if wrong == ELSEWHERE else 400)
+            return JSONResponse(await run_in_threadpool(desk.next, rater))
 
         return endpoint
 
@@ -201,24 +207,27 @@ def application(desk: Desk, secret: str) -> Starlette:
                 methods=["POST"],
             ),
         ],
-        middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False),
-            Middleware(_Headers),
-        ],
+        middleware=[Middleware(_Guard, hosts=frozenset(settings.hosts))],
     )
 
 
-class _Headers:
-    """Adds HEADERS to every answer, and refuses calls that another site's page makes."""
+class _Guard:
+    """Adds HEADERS to every answer. Refuses calls that another site's page makes, and those under a name that is not the
+    server's, by which another site could pretend to be it (DNS rebinding)."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, hosts: frozenset[str]) -> None:
+        self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         given = {name.lower(): value for name, value in scope["headers"]}
+        if _host(given.get(b"host", b"").decode("latin-1")) not in self.hosts:
+            await _refused("this page is not served under that name (see --allow-host)", 400)(
+                scope, receive, send
+            )
+            return
         elsewhere = given.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin")
         if scope["method"] == "POST" and (
             elsewhere or not given.get(b"content-type", b"").startswith(b"application/json")
@@ -232,6 +241,11 @@ class _Headers:
             await send(message)
 
         await self.app(scope, receive, with_headers)
+
+
+def _host(header: str) -> str:
+    """The name in a Host header, without the port."""
+    return header[: header.find("]") + 1] if header.startswith("[") else header.partition(":")[0]
 
 
 def _may_rate(settings: Settings, name: str) -> bool:
@@ -259,7 +273,7 @@ async def _said(request: Request) -> dict[str, Any] | None:
             return None
     try:
         said = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return said if isinstance(said, dict) else None
 

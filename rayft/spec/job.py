@@ -131,7 +131,7 @@ class Data(Group):
     )
     contradictions: Literal["error", "keep"] = Field(
         "error",
-        description="What to do with rows that rate the same answers to the same prompt both ways (reward, dpo).",
+        description="What to do with rows of data.train that rate the same answers to the same prompt both ways (reward, dpo).",
     )
     shard_rows: PositiveInt = Field(2000, description="Rows per shard of the tokenised cache.")
     cache: str | None = Field(

@@ -93,6 +93,8 @@ def score_file(models: Sequence[str], data: str, out: str) -> int:
     from rayft.evals.score import score_rows, write_scores
     from rayft.generate.scores import ScoreEngine, load_score_model
 
+    if not Path(out).absolute().parent.is_dir():
+        raise JobError(f"There is no folder for {out}.", "Make it first, or give another --out.")
     if Path(out).exists():
         raise JobError(f"{out} exists already.", "Choose another name for --out, or remove it.")
     loaded = [load_score_model(model, cache_dir=node_cache_dir()) for model in models]

@@ -87,9 +87,12 @@ def objective_of(plan: RunPlan, files: ModelFiles, pad_id: int) -> Objective:
     if job.method == "reward":
         return RewardObjective(job.reward, packed=packed, pad_id=pad_id)
     quantized = job.adapter.type == "qlora"  # then the reference is what is left of the model in 4 bits
-    references = References(open_store(plan.cache_uri), files.identity, job.train.precision, quantized)
-    kind = KtoObjective if job.dpo.loss == "kto" else PreferenceObjective
-    return kind(job.dpo, packed=packed, pad_id=pad_id, references=references)
+    references = References(
+        open_store(plan.cache_uri), open_store(plan.run_uri), files.identity, job.train.precision, quantized
+    )
+    if job.dpo.loss == "kto":
+        return KtoObjective(job, packed=packed, pad_id=pad_id, references=references)
+    return PreferenceObjective(job.dpo, packed=packed, pad_id=pad_id, references=references)
 
 
 def switch_dropout_off(model: torch.nn.Module) -> None:
@@ -97,6 +100,9 @@ def switch_dropout_off(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():  # some models call the function with a number of their own
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _base_model(job: Job, files: ModelFiles, dtype: torch.dtype, stage: int) -> Any:

@@ -298,24 +298,12 @@ class Worker:
         began = time.perf_counter()
         with self._beating("reference"):
             computed = compute_references(
-                self.learner,
-                self.corpus,
-                self._steps_from(position),
-                self.rank,
-                setup.gather,
-                epoch_rows=self.order.epoch_rows(),
+                self.learner, self.corpus, self._steps_from(position), self.rank, setup.gather
             )
             if self.plan.eval_spec is not None:
                 corpus = setup.open_corpus(self.plan, self.plan.eval_spec)
                 steps = evaluation_steps(self.plan, corpus, self.world_size, self.learner.objective.together)
-                computed += compute_references(
-                    self.learner,
-                    corpus,
-                    steps,
-                    self.rank,
-                    setup.gather,
-                    epoch_rows=self.plan.eval_spec.rows,
-                )
+                computed += compute_references(self.learner, corpus, steps, self.rank, setup.gather)
         if computed:
             seconds = time.perf_counter() - began
             self._tell("event", "reference", f"{computed} log-probabilities computed in {seconds:.0f} s")
@@ -324,7 +312,7 @@ class Worker:
         """The steps that are left, as training will plan them."""
         done, self.position = self.position, position
         try:
-            for _ in range(self.step, self.plan.total_steps):
+            for _ in range(self.resumed_step or 0, self.plan.total_steps):
                 step = self._plan_step()
                 if step.rows == 0:
                     return

@@ -114,8 +114,7 @@ def learner_of(plan: RunPlan, folder: Path) -> Learner:
     learner = setup.build_learner(plan, files, pad_id=256)
     if plan.job.method == "dpo" and plan.job.dpo.needs_reference:
         corpora, steps = zip(*step_plans(plan, folder, plan.total_steps), strict=True)
-        rows = plan.train_spec.rows
-        compute_references(learner, corpora[0], steps, dist.get_rank(), setup.gather, epoch_rows=rows)
+        compute_references(learner, corpora[0], steps, dist.get_rank(), setup.gather)
     return learner
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tests.tiny_data import corpus_of, family_tokenizer, write_jsonl
 ASK = [{"role": "user", "content": "why?"}]
 GOOD = [{"role": "assistant", "content": "because"}]
 BAD = [{"role": "assistant", "content": "no idea"}]
+SYSTEM = {"role": "system", "content": "be kind"}
 
 
 def read(row: dict[str, Any], layout: Format = "preference") -> Comparison:
@@ -53,6 +55,9 @@ def texts(made: Comparison) -> list[list[str]]:
         {"prompt": ASK, "chosen": "because", "rejected": "no idea"},
         {"prompt": "why?", "chosen": "because", "rejected": "no idea"},
         {"chosen": ASK + GOOD, "rejected": ASK + BAD},
+        {"prompt": "why?", "chosen": ASK + GOOD, "rejected": ASK + BAD},
+        {"prompt": ASK, "chosen": ASK + GOOD, "rejected": ASK + BAD},
+        {"prompt": json.dumps(ASK), "chosen": json.dumps(GOOD), "rejected": "no idea", "margin": ""},
         {"prompt": None, "chosen": ASK + GOOD, "rejected": ASK + BAD},
     ],
 )
@@ -60,7 +65,7 @@ def test_pairs(row: dict[str, Any]) -> None:
     made = read(row)
     assert texts(made) == [["why?", "because"], ["why?", "no idea"]]
     assert math.isnan(made.value)
-    plain = isinstance(row.get("prompt"), str) and isinstance(row["chosen"], str)
+    plain = (row.get("prompt"), row["chosen"]) == ("why?", "because")
     assert isinstance(made.answers[0], PromptCompletion) == plain
     if isinstance(made.answers[0], Conversation):
         assert made.answers[0].completion_from == 1
@@ -70,7 +75,10 @@ def test_margin_ranks_and_labels() -> None:
     assert read({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "margin": 2}).value == 2.0
     ranked = read({"prompt": ASK, "completions": [GOOD, "perhaps", BAD]}, "ranked")
     assert texts(ranked) == [["why?", "because"], ["why?", "perhaps"], ["why?", "no idea"]]
-    for label, value in ((True, 1.0), (0, 0.0), (1.0, 1.0)):
+    texts_of_lists = {"prompt": "why?", "completions": '["because", "no idea"]'}
+    assert texts(read(texts_of_lists, "ranked")) == [["why?", "because"], ["why?", "no idea"]]
+    assert read({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "margin": "0.5"}).value == 0.5
+    for label, value in ((True, 1.0), (0, 0.0), (1.0, 1.0), ("True", 1.0), ("0", 0.0)):
         labelled = read({"prompt": ASK, "completion": GOOD, "label": label}, "labelled")
         assert (texts(labelled), labelled.value) == ([["why?", "because"]], value)
 
@@ -85,9 +93,15 @@ BROKEN = [
     ({"chosen": "a", "rejected": "b"}, "preference", "there is no 'prompt'"),
     ({"prompt": "", "chosen": "a", "rejected": "b"}, "preference", "the prompt is empty"),
     ({"chosen": ASK + GOOD, "rejected": [{"role": "user", "content": "who?"}, *BAD]}, "preference", "share no prompt"),
+    (
+        {"chosen": [SYSTEM, *ASK, *GOOD], "rejected": [SYSTEM, {"role": "user", "content": "who?"}, *GOOD]},
+        "preference",
+        "share no prompt",
+    ),
+    ({"prompt": ASK, "chosen": [*GOOD, *ASK, {"role": "assistant", "content": ""}], "rejected": BAD}, "preference", "'chosen' is empty"),
     ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "margin": -1}, "preference", "the margin is -1"),
     ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "margin": "big"}, "preference", "the margin is 'big'"),
-    ({"prompt": ASK, "chosen": ASK, "rejected": BAD}, "preference", "'chosen' ends with a message from 'user'"),
+    ({"prompt": ASK, "chosen": ASK, "rejected": BAD}, "preference", "'chosen' begins with a message from 'user'"),
     ({"prompt": ASK, "chosen": 3, "rejected": BAD}, "preference", "'chosen' is a number"),
     ({"prompt": ASK, "completions": [GOOD]}, "ranked", "'completions' is a list"),
     ({"prompt": ASK, "completions": [GOOD, BAD, "because"]}, "ranked", r"'completions\[0\]' and 'completions\[2\]' say"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rayft.data.comparisons import read_row
 from rayft.errors import DataError, JobError, StorageError
@@ -19,6 +21,7 @@ from rayft.rate.agreement import measure, summary
 from rayft.rate.items import Answer, Item, item, load_items, read_answers, read_prompts, save_items
 from rayft.rate.ledger import CUT, RATINGS, Event, Ledger, read_events, standing
 from rayft.rate.rows import agreed_rows, preference_rows, ranked_rows, write_rows
+from rayft.rate.serve import report
 from rayft.rate.share import order_of_answers, share_out
 from rayft.spec import Source
 from tests.tiny_data import write_jsonl
@@ -119,6 +122,20 @@ def test_a_cut_line_is_set_aside_and_nothing_else_is_lost(tmp_path: Path) -> Non
         opened.close()
         assert [e.item for e in read_events(folder / RATINGS)] == [one.id, three.id]
         assert (folder / CUT).read_bytes() == whole[first:end] + b"\n"
+
+
+def test_line_separators_in_texts_are_no_lines(tmp_path: Path) -> None:
+    (one,) = [item("first\u2028second\x85third", [Answer("a\u2029", "m"), Answer("b", "n")])]
+    save_items(tmp_path, [one])
+    assert load_items(tmp_path) == [one]
+    ledger = Ledger(tmp_path)
+    ledger.append(event(one, "[/]", A_WINS, comment="x\u2028\ud800"))
+    ledger.close()
+    assert report(tmp_path, Console(file=io.StringIO())) == 0
+    (row,) = map(
+        json.loads, (tmp_path / "preferences.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    )
+    assert row["prompt"] == one.prompt
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
@@ -247,6 +264,9 @@ def test_rows_to_train_on() -> None:
     assert {"for": 2, "against": 1} in by_answers.values()
     (ranked,) = ranked_rows([pair, three], events)
     assert ranked["completions"] == ["c", "a", "b"]
+    assert ranked["rater"] == ["ann", "bob"]
+    undecided = [*events, event(three, "eve", ((2,), (1,), (0,)), shown=(0, 1, 2))]
+    assert ranked_rows([pair, three], undecided) == []
     read_row(ranked, "ranked", Source(path="x"), "x")
 
 

@@ -189,7 +189,7 @@ def test_what_the_server_refuses(started: Any) -> None:
     assert page.post("api/rate", {"x": "y" * 70_000}, Cookie=cookie)[0] == 400
     assert page.post("api/rate", fine, Cookie=cookie)[0] == 200
     assert page.post("api/rate", fine, Cookie=cookie)[0] == 200
-    assert page.post("api/rate", {**fine, "request": "request-2"}, Cookie=cookie)[0] == 200
+    assert page.post("api/rate", {**fine, "request": "request-2"}, Cookie=cookie)[0] == 409
     assert len(events_of(page)) == 1
 
 
@@ -199,8 +199,11 @@ def test_only_loopback_goes_without_a_token(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", rows(1))
     assert main(["rate", str(tmp_path / "r"), "--answers", str(path), "--host", "0.0.0.0"]) == 2
     assert main(["rate", str(tmp_path / "r"), "--answers", str(path), "--token", "x"]) == 2
-    assert main(["rate", str(tmp_path / "r")]) == 2
-    assert main(["ratings", str(tmp_path / "r")]) == 2
+    everywhere = ["--host", "0.0.0.0", "--token", "x", "--raters", "ann"]
+    assert main(["rate", str(tmp_path / "r"), "--answers", str(path), *everywhere]) == 2
+    assert main(["rate", str(tmp_path / "r"), "--answers", str(path), "--port", "70000"]) == 2
+    assert main(["rate", str(tmp_path / "s")]) == 2
+    assert main(["ratings", str(tmp_path / "s")]) == 2
 
 
 def test_a_screenshot_for_people_to_look_at(browser: Any, started: Any) -> None:
