@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cluster.methods import METHODS
+from tests.cluster.methods import METHODS, write_comparisons
 from tests.cluster.steps import (
     Fragments,
     first_gradients,
@@ -20,6 +20,7 @@ from tests.cluster.steps import (
     reference_losses,
     small_job,
     state_of,
+    step_plans,
     train_steps,
     with_filled_adapters,
 )
@@ -114,3 +115,43 @@ def test_losses_and_gradients_of_a_plain_loop(folder: Path, adapter: dict[str, A
 def test_however_the_step_is_split(folder: Path, name: str, world_size: int) -> None:
     """{1, 2 ranks} x {ZeRO 0 to 3} x {micro-batches of 1 and of 4 rows} x {packed, not}."""
     check(folder, [name], {}, world_size, list(itertools.product((0, 1, 2, 3), (1, 4), (True, False))))
+
+
+def _known(folder: Path, name: str, steps: list[int]) -> list[bool]:
+    """After starts of one run with so many steps each: whether the last knows the reference of all its steps."""
+    for count in steps:
+        data = {
+            "train": [
+                {"path": str(folder / METHODS[name][0]), "weight": 0.9},
+                {"path": str(folder / f"more-{METHODS[name][0]}"), "weight": 0.1},
+            ],
+            "max_length": 64,
+        }
+        job = small_job(folder, name, data=data, train={"max_steps": count})
+        plan = plan_of(job, folder, stage=0, packed=True)
+        learner = learner_of(plan, folder)
+        objective: Any = learner.objective
+        known = [
+            objective.references.of(corpus).has(objective.wanted(step))
+            for corpus, step in step_plans(plan, folder, count)
+        ]
+        learner.close()
+    return known
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_the_reference_of_rare_rows_is_known(folder: Path, tmp_path: Path, name: str) -> None:
+    """A source of which an epoch shows a part only, after an earlier start that saw one epoch; on two ranks."""
+    for file in ("model", METHODS[name][0]):
+        (tmp_path / file).symlink_to(folder / file)
+    more = prepare_folder_rows(tmp_path / "more", METHODS[name][0])
+    (tmp_path / f"more-{METHODS[name][0]}").symlink_to(more)
+    for known in run_ranks(_known, 2, tmp_path, name, [6, 40]):
+        assert len(known) == 40
+        assert all(known)
+
+
+def prepare_folder_rows(folder: Path, file: str) -> Path:
+    folder.mkdir()
+    write_comparisons(folder, seed=1)
+    return folder / file

@@ -65,6 +65,16 @@ def test_log_of_one_minus_exp_near_and_far() -> None:
     assert x.grad.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
 
 
+def test_a_certain_answer_gives_orpo_finite_numbers() -> None:
+    for certain in ([0.0, -2.0], [-2.0, 0.0], [0.0, 0.0]):
+        logprobs = torch.tensor([certain], requires_grad=True)
+        loss = preference_loss(Dpo(loss="orpo"), logprobs, torch.ones(1, 2), None)[0].sum()
+        loss.backward()
+        assert math.isfinite(loss.item())
+        assert logprobs.grad is not None
+        assert torch.isfinite(logprobs.grad).all()
+
+
 def test_sums_go_by_document() -> None:
     summed = sum_by_document(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 2]), 4)
     assert summed.tolist() == [1.0, 0.0, 6.0, 0.0]
