@@ -18,12 +18,14 @@ from rich.console import Console
 from rayft.data.comparisons import read_row
 from rayft.errors import DataError, JobError, StorageError
 from rayft.rate.agreement import measure, summary
+from rayft.rate.generate import generate_items
 from rayft.rate.items import Answer, Item, item, load_items, read_answers, read_prompts, save_items
 from rayft.rate.ledger import CUT, RATINGS, Event, Ledger, read_events, standing
 from rayft.rate.rows import agreed_rows, preference_rows, ranked_rows, write_rows
 from rayft.rate.serve import report
 from rayft.rate.share import order_of_answers, share_out
 from rayft.spec import Source
+from tests.tiny import save_tiny
 from tests.tiny_data import write_jsonl
 
 
@@ -275,3 +277,34 @@ def test_as_many_votes_for_as_against_give_no_row(tmp_path: Path) -> None:
     events = [event(one, "ann", A_WINS), event(one, "bob", B_WINS), event(one, "eve", TIE)]
     assert write_rows(tmp_path, [one], events) == {"preferences.jsonl": 0}
     assert os.listdir(tmp_path) == ["preferences.jsonl"]
+
+
+def test_models_answer_the_prompts(tmp_path: Path) -> None:
+    """Two real models and several samples: distinct answers with their sources, the same ones again for the same seed."""
+    for seed in (0, 1):
+        save_tiny(tmp_path / f"model-{seed}", seed=seed)
+    prompts = [("line 1", [{"role": "user", "content": "why?"}]), ("line 2", "Once upon")]
+    models = [str(tmp_path / "model-0"), str(tmp_path / "model-1")]
+    said: list[str] = []
+
+    def made() -> list[Item]:
+        return generate_items(
+            prompts,
+            models,
+            samples=2,
+            max_new_tokens=8,
+            temperature=1.0,
+            seed=0,
+            cache_dir=tmp_path / "cache",
+            say=said.append,
+        )
+
+    first = made()
+    assert [one.prompt for one in first] == [prompt for _, prompt in prompts]
+    for one in first:
+        assert 2 <= len(one.answers) <= 4
+        assert {answer.source for answer in one.answers} <= set(models)
+        assert len({answer.text for answer in one.answers}) == len(one.answers)
+    assert {answer.source for one in first for answer in one.answers} == set(models)
+    assert said[0] == f"{models[0]}: 4 answers"
+    assert made() == first
