@@ -145,14 +145,15 @@ def looks(model: Any, corpus: Corpus) -> Look:
 
     def look(document: int, answer: int | None = None, *, whole: bool = False) -> torch.Tensor:
         sample, start = corpus.sample(document), corpus.prompt_length(document)
-        ids = sample.ids
+        ids, trained = sample.ids, sample.trained
         if answer is not None:
-            ids = np.concatenate([ids[:start], corpus.sample(answer).ids[corpus.prompt_length(answer) :]])
+            other, after = corpus.sample(answer), corpus.prompt_length(answer)
+            ids = np.concatenate([ids[:start], other.ids[after:]])
+            trained = np.concatenate([trained[:start], other.trained[after:]])
         tokens = torch.from_numpy(ids.astype(np.int64))
         logprobs = model(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1)
         picked = logprobs.gather(1, tokens[1:, None]).squeeze(1)
-        trained = torch.ones(len(ids) - 1, dtype=torch.bool) if whole else torch.arange(1, len(ids)) >= start
-        return picked[trained]
+        return picked if whole else picked[torch.from_numpy(trained[1:])]
 
     return look
 
