@@ -25,6 +25,7 @@ from tests.cluster.steps import (
     with_filled_adapters,
 )
 from tests.ranks import run_ranks
+from tests.tiny import FAMILIES
 
 STEPS = 8
 #: Norm of the difference over norm: rows' gradients nearly cancel in rankings, whose own fp32 noise is 3e-6.
@@ -115,6 +116,22 @@ def test_losses_and_gradients_of_a_plain_loop(folder: Path, adapter: dict[str, A
 def test_however_the_step_is_split(folder: Path, name: str, world_size: int) -> None:
     """{1, 2 ranks} x {ZeRO 0 to 3} x {micro-batches of 1 and of 4 rows} x {packed, not}."""
     check(folder, [name], {}, world_size, list(itertools.product((0, 1, 2, 3), (1, 4), (True, False))))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma2",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in sorted(FAMILIES.keys() - {"gemma2", "llama"})
+        ),
+    ],
+)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    """One method of each way through the model: scores, answers' log-probabilities, those of mismatched answers."""
+    folder = prepare_folder(tmp_path, family)
+    check(folder, ["reward_ranked", "dpo", "kto"], {}, 1, [(0, 4, True)])
 
 
 def _known(folder: Path, name: str, steps: list[int]) -> list[bool]:
