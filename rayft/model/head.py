@@ -10,7 +10,7 @@ Shapes: B rows, T tokens of a row, N trained tokens, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -30,6 +30,13 @@ _MULTIPLE = 16
 _CPU_TILE = 1 << 20
 
 
+class Shape(NamedTuple):
+    """What happens to logits before the softmax: softcap * tanh(logits / softcap) where there is one, then / temperature."""
+
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
 class NllHead(nn.Linear):
     """An output embedding that also takes targets and then returns losses instead of logits."""
 
@@ -37,15 +44,22 @@ class NllHead(nn.Linear):
     softcap: float | None
 
     def forward(
-        self, hidden: torch.Tensor, targets_N: torch.Tensor | None = None, *, summed: bool = True
+        self,
+        hidden: torch.Tensor,
+        targets_N: torch.Tensor | None = None,
+        *,
+        summed: bool = True,
+        temperature: float = 1.0,
     ) -> torch.Tensor:
-        """Logits of `hidden`; with targets, the summed NLL or the log-probabilities [N] of the targets, fp32."""
+        """Logits of `hidden`; with targets, the summed NLL or the log-probabilities [N] of the targets, fp32.
+
+        temperature: of the distribution the log-probabilities are of.
+        """
         if targets_N is None:
             return super().forward(hidden)
+        shape = Shape(self.softcap, temperature)
         function = _SummedNll if summed else _TokenLogprobs
-        return function.apply(
-            hidden, self.weight, targets_N, self.chunk, self.softcap, torch.is_grad_enabled()
-        )
+        return function.apply(hidden, self.weight, targets_N, self.chunk, shape, torch.is_grad_enabled())
 
 
 def install_nll_head(model: nn.Module, chunk: int) -> None:
@@ -74,9 +88,12 @@ def forward_nll(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return _forward(model, batch, summed=True)
 
 
-def forward_logprobs(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """log p(target) of the trained tokens of a micro-batch in row-major order, fp32[N] with gradient."""
-    return _forward(model, batch, summed=False)
+def forward_logprobs(model: nn.Module, batch: dict[str, Any], *, temperature: float = 1.0) -> torch.Tensor:
+    """log p(target) of the trained tokens of a micro-batch in row-major order, fp32[N] with gradient.
+
+    temperature: of the sampling that p describes; logits are divided by it.
+    """
+    return _forward(model, batch, summed=False, temperature=temperature)
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -90,7 +107,9 @@ def forward_hidden(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return inner.base_model(**_inputs(inner, batch))[0]
 
 
-def _forward(model: nn.Module, batch: dict[str, Any], *, summed: bool) -> torch.Tensor:
+def _forward(
+    model: nn.Module, batch: dict[str, Any], *, summed: bool, temperature: float = 1.0
+) -> torch.Tensor:
     inner = causal_model(model)
     if "cu_seqlens" in batch:
         batch = _filled(batch)
@@ -100,8 +119,9 @@ def _forward(model: nn.Module, batch: dict[str, Any], *, summed: bool) -> torch.
     head = inner.get_output_embeddings()
     if any(isinstance(part, NllHead) for part in _linears(head)):
         hidden = inner.base_model(**inputs)[0]
-        return head(hidden.flatten(0, 1).index_select(0, trained), targets[trained], summed=summed)
-    logits = inner(**inputs).logits.flatten(0, 1).index_select(0, trained).float()
+        hidden = hidden.flatten(0, 1).index_select(0, trained)
+        return head(hidden, targets[trained], summed=summed, temperature=temperature)
+    logits = inner(**inputs).logits.flatten(0, 1).index_select(0, trained).float() / temperature
     losses = nn.functional.cross_entropy(logits, targets[trained], reduction="none")
     return losses.sum() if summed else -losses
 
@@ -159,7 +179,7 @@ class _SummedNll(torch.autograd.Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
         chunk: int,
-        softcap: float | None,
+        shape: Shape,
         differentiate: bool,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -168,7 +188,7 @@ class _SummedNll(torch.autograd.Function):
         for rows in _chunks(len(targets), chunk):
             logits = nn.functional.linear(hidden[rows], weight)
             weights = minus_one[rows] if differentiate else None
-            total -= _target_logprobs(logits, targets[rows], softcap, weights).sum()
+            total -= _target_logprobs(logits, targets[rows], shape, weights).sum()
             grads.add(rows, logits)
         ctx.grads = grads.result()
         return total
@@ -192,26 +212,26 @@ class _TokenLogprobs(torch.autograd.Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
         chunk: int,
-        softcap: float | None,
+        shape: Shape,
         differentiate: bool,
     ) -> torch.Tensor:
         if differentiate:
             ctx.save_for_backward(hidden, weight, targets)
-            ctx.arguments = (chunk, softcap)
+            ctx.arguments = (chunk, shape)
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         for rows in _chunks(len(targets), chunk):
             logits = nn.functional.linear(hidden[rows], weight)
-            logprobs[rows] = _target_logprobs(logits, targets[rows], softcap)
+            logprobs[rows] = _target_logprobs(logits, targets[rows], shape)
         return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (hidden, weight, targets), (chunk, softcap) = ctx.saved_tensors, ctx.arguments
+        (hidden, weight, targets), (chunk, shape) = ctx.saved_tensors, ctx.arguments
         grads = _Gradients(hidden, weight, ctx.needs_input_grad, chunk)
         for rows in _chunks(len(targets), chunk):
             logits = nn.functional.linear(hidden[rows], weight)
-            _target_logprobs(logits, targets[rows], softcap, grad_N[rows])
+            _target_logprobs(logits, targets[rows], shape, grad_N[rows])
             grads.add(rows, logits)
         return (*grads.result(), None, None, None, None)
 
@@ -248,13 +268,11 @@ def _chunks(count: int, chunk: int) -> Iterator[slice]:
 def _target_logprobs(
     logits_NV: torch.Tensor,
     targets_N: torch.Tensor,
-    softcap: float | None,
+    shape: Shape,
     weights_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """log p(target) [N] in fp32, overwriting the logits: with d sum(weights * log p) / d logits if weights are given.
-
-    softcap: the distribution is that of softcap * tanh(logits / softcap).
-    """
+    """log p(target) [N] in fp32, overwriting the logits: with d sum(weights * log p) / d logits if weights are given."""
+    softcap, temperature = shape
     logprobs = torch.empty(len(targets_N), dtype=torch.float32, device=logits_NV.device)
     tile = (
         max(1, _CPU_TILE // logits_NV.shape[1]) if logits_NV.device.type == "cpu" else max(1, len(targets_N))
@@ -267,6 +285,8 @@ def _target_logprobs(
             x.div_(softcap).tanh_()
             slope = 1 - x**2 if weights_N is not None else None
             x.mul_(softcap)
+        if temperature != 1.0:
+            x.div_(temperature)
         picked = x.gather(1, target)
         highest = x.amax(-1, keepdim=True)
         total = x.sub_(highest).exp_().sum(-1, keepdim=True)
@@ -274,6 +294,8 @@ def _target_logprobs(
         if weights_N is not None:
             weight = weights_N[rows, None]
             x.mul_(-weight / total).scatter_add_(1, target, weight)
+            if temperature != 1.0:
+                x.div_(temperature)
             if slope is not None:
                 x.mul_(slope)
             logits.copy_(x)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rayft.data.tensors import IGNORE
 from rayft.errors import JobError
 from rayft.model.head import causal_model, forward_hidden
 
@@ -47,3 +48,14 @@ def forward_scores(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     hidden = forward_hidden(model, batch).flatten(0, 1)
     inner: Any = causal_model(model)
     return inner.score(hidden.index_select(0, batch["last"])).float()
+
+
+def forward_values(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Value of the state before each target of a micro-batch in row-major order, fp32[N] with gradient.
+
+    batch: as for `rayft.model.head.forward_nll`. The state is what the token before the target has seen.
+    """
+    hidden = forward_hidden(model, batch).flatten(0, 1)
+    targets = batch["targets"].flatten()
+    inner: Any = causal_model(model)
+    return inner.score(hidden.index_select(0, (targets != IGNORE).nonzero().squeeze(1)))[:, 0].float()

@@ -24,12 +24,14 @@ def head_of(chunk: int, softcap: float | None = None, dtype: torch.dtype = torch
     return head
 
 
-def expected(head: NllHead, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def expected(
+    head: NllHead, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
     """log p(target) [N] by the definition."""
     logits = hidden @ head.weight.t()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    return logits.float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    return (logits.float() / temperature).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -48,13 +50,17 @@ def test_loss_and_gradients_for_every_chunk(chunk: int, softcap: float | None) -
         assert (a - b).norm() <= 1e-6 * b.norm()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("chunk", [4, 100])
-def test_log_probabilities_and_gradients_per_token(chunk: int, softcap: float | None) -> None:
+def test_log_probabilities_and_gradients_per_token(
+    chunk: int, softcap: float | None, temperature: float
+) -> None:
     head = head_of(chunk, softcap)
     hidden = torch.randn(N, H, requires_grad=True)
     targets, weights = torch.randint(0, V, (N,)), torch.randn(N)
-    ours, theirs = head(hidden, targets, summed=False), expected(head, hidden, targets)
+    ours = head(hidden, targets, summed=False, temperature=temperature)
+    theirs = expected(head, hidden, targets, temperature)
     assert torch.allclose(ours, theirs, atol=1e-6)
     for a, b in zip(
         torch.autograd.grad(ours, [hidden, head.weight], weights),
