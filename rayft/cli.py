@@ -17,9 +17,13 @@ EPILOG = "exit codes: " + " · ".join(f"{code} {meaning}" for code, meaning in E
 def run(args: argparse.Namespace) -> int:
     """Train: start a run, or resume the one of that name."""
     from rayft.spec import load_job
-    from rayft.train.run import run as run_job
 
-    return run_job(load_job(args.job, args.overrides), takeover=args.takeover)
+    job = load_job(args.job, args.overrides)
+    if job.reinforced:
+        from rayft.rlhf.run import run as run_job
+    else:
+        from rayft.train.run import run as run_job
+    return run_job(job, takeover=args.takeover)
 
 
 def check(args: argparse.Namespace) -> int:

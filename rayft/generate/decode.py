@@ -28,28 +28,43 @@ def greedy(logits_BV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     return logits_BV.max(-1).indices
 
 
-def sampling(temperature: float, top_p: float, seed: int) -> Choice:
-    """Nucleus sampling (arXiv:1904.09751) in which row n draws from a stream of its own, made of seed and n.
+def sampling(
+    temperature: float,
+    top_p: float,
+    seed_of: Callable[[int], int],
+    record: Callable[[Sequence[int], list[float]], None] | None = None,
+) -> Choice:
+    """Nucleus sampling (arXiv:1904.09751) in which row n draws from a stream of its own, with the seed `seed_of(n)`.
 
-    So what a row draws does not depend on the rows beside it or on when they end.
+    So what a row draws does not depend on the rows beside it or on when they end. `record` is told the rows and the
+    log-probability of what each drew, at the temperature, before the nucleus was cut out.
     """
     streams: dict[int, torch.Generator] = {}
 
     def draw(row: int) -> float:
         if row not in streams:
-            streams[row] = torch.Generator().manual_seed((seed * 1_000_003 + row) % (1 << 63))
+            seed = 0 if row == NOBODY else seed_of(row) % (1 << 63)
+            streams[row] = torch.Generator().manual_seed(seed)
         return float(torch.rand((), generator=streams[row], dtype=torch.float64))
 
     def choose(logits_BV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        probabilities_BV = (logits_BV.float() / temperature).softmax(-1)
-        sorted_BV, ids_BV = probabilities_BV.sort(-1, descending=True)
+        logprobs_BV = (logits_BV.float() / temperature).log_softmax(-1)
+        sorted_BV, ids_BV = logprobs_BV.exp().sort(-1, descending=True)
         before_BV = sorted_BV.cumsum(-1) - sorted_BV
         kept_BV = sorted_BV.masked_fill(before_BV >= top_p, 0.0).double().cumsum(-1)
         at_B1 = torch.tensor([[draw(row)] for row in rows], device=kept_BV.device, dtype=torch.float64)
         picked_B1 = torch.searchsorted(kept_BV, at_B1 * kept_BV[:, -1:], right=True)
-        return ids_BV.gather(-1, picked_B1.clamp(max=ids_BV.shape[-1] - 1))[:, 0]
+        tokens_B1 = ids_BV.gather(-1, picked_B1.clamp(max=ids_BV.shape[-1] - 1))
+        if record is not None:
+            record(rows, logprobs_BV.gather(-1, tokens_B1)[:, 0].tolist())
+        return tokens_B1[:, 0]
 
     return choose
+
+
+def rows_of_seed(seed: int) -> Callable[[int], int]:
+    """Seeds of the rows of a call with one seed."""
+    return lambda row: seed * 1_000_003 + row
 
 
 @dataclass

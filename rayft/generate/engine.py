@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 #: Token ids, and for each whether its log-probability counts (the first token has none and must not count).
@@ -10,6 +11,16 @@ Scored = tuple[Sequence[int], Sequence[bool]]
 
 #: The largest of all ranks' numbers, a collective; by it the ranks of a sharded model run equally many forwards.
 Sync = Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sampled answer: its tokens (the one that ends it included), the log-probability of each at the temperature it was
+    drawn at, and whether it ended by itself."""
+
+    ids: list[int]
+    logprobs: list[float]
+    ended: bool
 
 
 class Engine(Protocol):

@@ -15,8 +15,8 @@ from rayft.data.template import Sample
 from rayft.data.tensors import pack_tensors, pad_tensors
 from rayft.errors import DataError
 from rayft.generate.attention import packed_generation, packed_scoring
-from rayft.generate.decode import decode, greedy, sampling
-from rayft.generate.engine import Scored, Sync
+from rayft.generate.decode import NOBODY, Choice, decode, greedy, rows_of_seed, sampling
+from rayft.generate.engine import Drawn, Scored, Sync
 from rayft.generate.prompts import stop_token_ids
 from rayft.model.head import NllHead, causal_model, forward_logprobs, install_nll_head
 
@@ -65,7 +65,38 @@ class TransformersEngine:
     ) -> list[list[int]]:
         """See `Engine.generate`. Raises DataError for an empty prompt or one beyond the model's context."""
         self._check([len(prompt) for prompt in prompts], max_new_tokens)
-        choose = sampling(temperature, top_p, seed) if temperature > 0 else greedy
+        choose = sampling(temperature, top_p, rows_of_seed(seed)) if temperature > 0 else greedy
+        return self._answers(prompts, choose, max_new_tokens)
+
+    def draw(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+    ) -> list[Drawn]:
+        """Sample an answer to each prompt with its own seed. Raises DataError as `generate` does.
+
+        The same prompts in the same call give the same tokens to the last bit; what an answer is does not depend on the
+        others' seeds.
+        """
+        self._check([len(prompt) for prompt in prompts], max_new_tokens)
+        logprobs: list[list[float]] = [[] for _ in prompts]
+
+        def record(rows: Sequence[int], drawn: list[float]) -> None:
+            for row, logprob in zip(rows, drawn, strict=True):
+                if row != NOBODY:
+                    logprobs[row].append(logprob)
+
+        choose = sampling(temperature, top_p, seeds.__getitem__, record)
+        answers = self._answers(prompts, choose, max_new_tokens)
+        return [Drawn(ids, own, ids[-1] in self.stop_ids) for ids, own in zip(answers, logprobs, strict=True)]
+
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], choose: Choice, max_new_tokens: int
+    ) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in prompts]
         batches = like_lengths([len(prompt) for prompt in prompts], self.batch_size)
         with evaluating(self.model), packed_generation(self.model) as packed:
@@ -96,7 +127,7 @@ class TransformersEngine:
     ) -> Iterator[int]:
         """Tokens of one answer as they come, without the one that ends it."""
         self._check([len(prompt)], max_new_tokens)
-        choose = sampling(temperature, top_p, seed) if temperature > 0 else greedy
+        choose = sampling(temperature, top_p, rows_of_seed(seed)) if temperature > 0 else greedy
         with evaluating(self.model), packed_generation(self.model) as packed:
             for [(_, token)] in decode(
                 self.model,

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from rayft.checkpoint import CheckpointReader, Fragment
 from rayft.learner.engine import initialize
 from rayft.learner.shards import MOMENTS, ReplicatedLayout
-from rayft.objectives.base import Objective
+from rayft.objectives.base import Loss
 from rayft.spec import Job
 
 Batch = dict[str, torch.Tensor]
@@ -35,10 +35,14 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+#: The method that a learner computes.
+Method = TypeVar("Method", bound=Loss)
+
+
 class ObjectiveModule(nn.Module):
     """The model with its objective as one forward, since ZeRO's hooks count on the outermost module being called."""
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, objective: Loss) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
@@ -47,7 +51,7 @@ class ObjectiveModule(nn.Module):
         return getattr(self.objective, function)(self.model, batch)
 
 
-class Learner:
+class Learner(Generic[Method]):
     """Owns the DeepSpeed engine of one rank.
 
     Loss convention: an objective returns the *sum* of its loss over a micro-batch; a step divides by a denominator
@@ -55,7 +59,7 @@ class Learner:
     """
 
     def __init__(
-        self, job: Job, model: nn.Module, objective: Objective, *, stage: int, device: str = "cpu"
+        self, job: Job, model: nn.Module, objective: Method, *, stage: int, device: str = "cpu"
     ) -> None:
         self.job, self.objective, self.stage = job, objective, stage
         self.device = torch.device(device)

@@ -24,8 +24,19 @@ class Infer(Protocol):
     def __call__(self, micro_batches: Iterable[Batch], function: str) -> Iterator[Any]: ...
 
 
-class Objective(Protocol):
-    """A training method as the learner and the loop see it."""
+class Loss(Protocol):
+    """What the learner needs of a method."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        """Sum (not mean) of the loss over the micro-batch, an fp32 scalar with gradient, and summed metrics.
+
+        Metrics have the same names in every micro-batch; the step's are divided by its denominator like the loss.
+        """
+        ...
+
+
+class Objective(Loss, Protocol):
+    """A method that learns from rows of a corpus, as the learner and the loop see it."""
 
     #: Whether all documents of a row must be in one micro-batch.
     together: bool
@@ -40,13 +51,6 @@ class Objective(Protocol):
 
     def collate(self, corpus: Corpus, micro_batch: MicroBatch) -> Batch:
         """Tensors of one micro-batch; an empty one gives a dummy that carries no loss."""
-        ...
-
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-        """Sum (not mean) of the loss over the micro-batch, an fp32 scalar with gradient, and summed metrics.
-
-        Metrics have the same names in every micro-batch; the step's are divided by its denominator like the loss.
-        """
         ...
 
 

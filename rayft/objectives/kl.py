@@ -12,15 +12,10 @@ the weight k1's gradient is 0 on average, and k3's is that of the divergence the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-Estimator = Literal["k1", "k2", "k3"]
-
-#: Bounds of what is exponentiated, and of k3: beyond them a token is as far off as numbers go.
-LOG_RATIO_BOUND = 20.0
-K3_BOUND = 10.0
+from rayft.objectives.bounds import K3_BOUND, LOG_RATIO_BOUND, Estimator
 
 
 def kl_estimate(logprobs_N: torch.Tensor, reference_N: torch.Tensor, estimator: Estimator) -> torch.Tensor:

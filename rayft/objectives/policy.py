@@ -9,6 +9,7 @@ Shapes: N tokens of D answers in a micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,8 @@ from rayft.data.template import Sample
 from rayft.data.tensors import sequence_tensors
 from rayft.model.head import forward_logprobs
 from rayft.objectives.base import Batch
-from rayft.objectives.kl import LOG_RATIO_BOUND, Estimator, kl_estimate
+from rayft.objectives.bounds import LOG_RATIO_BOUND, Estimator
+from rayft.objectives.kl import kl_estimate
 from rayft.objectives.preference import sum_by_document
 
 Ratio = Literal["token", "sequence", "sequence_mean"]
@@ -74,17 +76,8 @@ def policy_loss(
     return losses_N, ratio_N.detach(), (clipped_N > free_N).detach()
 
 
-def truncated_importance(old_logprobs: np.ndarray, engine_logprobs: np.ndarray, most: float) -> np.ndarray:
-    """Weight of each token, p_old / p_engine but at most `most`: corrects for an engine that rounds otherwise or whose weights
-    are older (Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025)."""
-    difference = np.clip(
-        np.asarray(old_logprobs, np.float64) - engine_logprobs, -LOG_RATIO_BOUND, LOG_RATIO_BOUND
-    )
-    return np.minimum(np.exp(difference), most)
-
-
 def token_tensors(
-    samples: Ordered[Sample], columns: dict[str, Ordered[np.ndarray]], *, packed: bool, pad_id: int
+    samples: Ordered[Sample], columns: Mapping[str, Ordered[np.ndarray]], *, packed: bool, pad_id: int
 ) -> dict[str, Any]:
     """`sequence_tensors` of answers with their prompts, and each column's values of the answers' tokens, float32[N]."""
     counts = [int(sample.trained.sum()) for sample in samples]

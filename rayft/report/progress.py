@@ -86,4 +86,4 @@ def _shown(row: Row) -> list[str]:
     """The metrics of a method that people look at while it runs."""
     metrics = row.get("metrics") or {}
     shown = [f"accuracy {metrics['accuracy']:.0%}"] if "accuracy" in metrics else []
-    return shown + ([f"margin {value(metrics['margin'])}"] if "margin" in metrics else [])
+    return shown + [f"{name} {value(metrics[name])}" for name in ("margin", "score", "kl") if name in metrics]

@@ -3,14 +3,13 @@
 `load_job(path, overrides)` is the way in; everything below it is data without behaviour.
 """
 
-from rayft.spec.job import (
+from rayft.spec.groups import (
     Adapter,
     Checkpoint,
     Cluster,
     Data,
     Dpo,
     Eval,
-    Job,
     Log,
     Model,
     Reward,
@@ -19,9 +18,12 @@ from rayft.spec.job import (
     Train,
     Zero,
 )
+from rayft.spec.job import Job
 from rayft.spec.load import changed_keys, dump_job, job_schema, load_job, parse_job
+from rayft.spec.rl import METHODS, RewardSource, Rl, Rollout
 
 __all__ = [
+    "METHODS",
     "Adapter",
     "Checkpoint",
     "Cluster",
@@ -32,6 +34,9 @@ __all__ = [
     "Log",
     "Model",
     "Reward",
+    "RewardSource",
+    "Rl",
+    "Rollout",
     "Source",
     "Suite",
     "Train",

@@ -17,6 +17,7 @@ from rayft.data.step import StepPlan, plan_step
 from rayft.generate.hf import TransformersEngine
 from rayft.generate.scores import ScoreEngine
 from rayft.learner.learner import Learner
+from rayft.objectives.base import Objective
 from rayft.spec import Train
 from rayft.storage import ObjectNotFound, Store, node_cache_dir
 from rayft.train import setup
@@ -75,7 +76,7 @@ def evaluation_steps(plan: RunPlan, corpus: Corpus, world_size: int, together: b
 
 
 def evaluation_loss(
-    plan: RunPlan, learner: Learner, rank: int, world_size: int
+    plan: RunPlan, learner: Learner[Objective], rank: int, world_size: int
 ) -> tuple[float, int, dict[str, float]]:
     """Mean loss and metrics over all evaluation rows, and how many tokens (for sft) or rows they are means over; equal
     on all ranks."""

@@ -11,23 +11,22 @@ from rich.console import Console
 
 from rayft.checkpoint import CheckpointReader, latest
 from rayft.errors import JobError, StorageError
+from rayft.model.files import ModelFiles
 from rayft.report.log import read_log
 from rayft.report.tables import suites_table, summary_table
 from rayft.spec import Job, parse_job
 from rayft.storage import ObjectNotFound, Store, node_cache_dir, open_store
-from rayft.train.prepare import Prepared
 
 
-def finish(prepared: Prepared, store: Store, recorder: Any) -> None:
+def finish(job: Job, files: ModelFiles, store: Store, recorder: Any) -> None:
     """Export the last checkpoint of a run as `model/`: an adapter as such, a full model in the dtype it computed in."""
     from rayft.model.export import export_model
     from rayft.train.setup import compute_dtype
 
-    job = prepared.plan.job
     step = newest_step(store)
     report = export_model(
         CheckpointReader(store, step),
-        prepared.files,
+        files,
         job,
         store.child("model"),
         merge=False,

@@ -23,7 +23,7 @@ from rayft.errors import JobError, RayftError, WorkerError
 from rayft.model.families import can_pack
 from rayft.model.files import ModelFiles, job_files, load_config, load_tokenizer
 from rayft.plan.choose import choose_stage
-from rayft.spec import Job
+from rayft.spec import Job, RewardSource
 from rayft.storage import node_cache_dir, open_store
 from rayft.train.failures import as_rayft_error
 from rayft.train.group import RunPlan
@@ -186,9 +186,18 @@ def with_absolute_paths(job: Job) -> Job:
         s.model_copy(update={"path": absolute(s.path), "schema_path": absolute(s.schema_path)})
         for s in job.eval.suites
     ]
-    return job.model_copy(
-        update={"model": model, "data": data, "eval": job.eval.model_copy(update={"suites": suites})}
-    )
+    rewards = [
+        source.model_copy(update={"path": _absolute_reward(source, absolute)}) for source in job.rewards
+    ]
+    evaluation = job.eval.model_copy(update={"suites": suites})
+    return job.model_copy(update={"model": model, "data": data, "eval": evaluation, "rewards": rewards})
+
+
+def _absolute_reward(source: RewardSource, absolute: Callable[[str], str | None]) -> str:
+    if source.type == "model":
+        return absolute(source.path) or source.path
+    file, _, function = source.path.rpartition(":")
+    return f"{absolute(file)}:{function}"
 
 
 def decide_packing(job: Job, config: Any) -> bool:

@@ -12,13 +12,14 @@ from typing import Any
 from rayft.data.corpus import Corpus
 from rayft.data.step import StepPlan
 from rayft.learner.learner import Learner
+from rayft.objectives.base import Objective
 
 #: Sequences and their log-probabilities of every rank, on every rank.
 Gather = Callable[[Any], list[Any]]
 
 
 def compute_references(
-    learner: Learner, corpus: Corpus, steps: Iterable[StepPlan], rank: int, gather: Gather
+    learner: Learner[Objective], corpus: Corpus, steps: Iterable[StepPlan], rank: int, gather: Gather
 ) -> int:
     """Compute what is not known yet of the steps; returns how many sequences that were.
 

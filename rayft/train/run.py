@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,37 @@ from rayft.train.watch import Watch
 HEAVY = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 
 
+#: What happens between the lease and its release: prepare, train, leave behind.
+Body = Callable[[Job, Store, str, Lease, Any, Console, StopSignals, End | None], None]
+
+
 def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> int:
     """Start or resume the run `job.name`; returns 0, or raises the RayftError that carries the exit code."""
+    return run_with(_run_under_lease, job, console=console, takeover=takeover)
+
+
+def run_with(body: Body, job: Job, *, console: Console | None = None, takeover: bool = False) -> int:
+    """`run`, whatever the method does between start and end."""
     console = console or Console()
     run_uri = absolute_uri(job.storage).rstrip("/") + f"/{job.name}"
     store = open_store(run_uri)
     if already_ended(store, job, console):
         return 0
     with StopSignals() as signals:
-        _run(job, store, run_uri, console, signals, takeover=takeover)
+        _run(body, job, store, run_uri, console, signals, takeover=takeover)
     show_result(store, job, console)
     return 0
 
 
 def _run(
-    job: Job, store: Store, run_uri: str, console: Console, signals: StopSignals, *, takeover: bool
+    body: Body,
+    job: Job,
+    store: Store,
+    run_uri: str,
+    console: Console,
+    signals: StopSignals,
+    *,
+    takeover: bool,
 ) -> None:
     lease = Lease.acquire(store, {"job": job.name}, takeover=takeover, on_wait=console.print)
     lease.start_heartbeat()
@@ -58,7 +74,7 @@ def _run(
             connect(job.cluster)
         refuse_impossible(job.cluster)
         recorder = start_recorder(job, run_uri, lease.owner, lease.epoch)
-        _run_under_lease(job, store, run_uri, lease, recorder, console, signals, end_before)
+        body(job, store, run_uri, lease, recorder, console, signals, end_before)
         _record_end(recorder, store, 0, "done")
     except EndedBefore:
         raise
@@ -97,7 +113,7 @@ def _run_under_lease(
 
     watch = Watch(recorder, store, job.cluster.hang_timeout_s, show)
     fit_group(prepared, recorder, watch, lease, signals)
-    finish(prepared, store, recorder)
+    finish(prepared.plan.job, prepared.files, store, recorder)
     watch.show_rows()
 
 

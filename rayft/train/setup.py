@@ -55,15 +55,22 @@ def device_of(job: Job) -> str:
     return str(ray.train.torch.get_device())
 
 
-def build_learner(plan: RunPlan, files: ModelFiles, pad_id: int) -> Learner:
+def build_learner(plan: RunPlan, files: ModelFiles, pad_id: int) -> Learner[Objective]:
     """Model, adapter and engine of this rank, freshly initialised."""
+    job = plan.job
+    module = build_module(job, files, plan.stage)
+    return Learner(job, module, objective_of(plan, files, pad_id), stage=plan.stage, device=device_of(job))
+
+
+def build_module(job: Job, files: ModelFiles, stage: int) -> torch.nn.Module:
+    """The job's model with its adapter, freshly initialised, and the head that its method needs."""
     from rayft.model.fused import install_fused
     from rayft.model.head import install_nll_head
     from rayft.model.score import install_score_head
 
-    job, dtype = plan.job, compute_dtype(plan.job)
-    model = _base_model(job, files, dtype, plan.stage)
-    model = add_adapter(model, job.adapter, job.seed, zero_stage=plan.stage)
+    dtype = compute_dtype(job)
+    model = _base_model(job, files, dtype, stage)
+    model = add_adapter(model, job.adapter, job.seed, zero_stage=stage)
     if job.adapter.type != "none" and dtype != torch.float32:
         # The engine keeps fp32 master weights; adapters compute in the dtype of their base.
         for parameter in model.parameters():
@@ -76,7 +83,7 @@ def build_learner(plan: RunPlan, files: ModelFiles, pad_id: int) -> Learner:
     install_fused(model)
     if job.method != "sft":
         switch_dropout_off(model)
-    return Learner(job, model, objective_of(plan, files, pad_id), stage=plan.stage, device=device_of(job))
+    return model
 
 
 def objective_of(plan: RunPlan, files: ModelFiles, pad_id: int) -> Objective:

@@ -28,11 +28,11 @@ LAYERS = {
     "learner": 6,
     "evals": 6,
     "train": 7,
-    "rlhf": 7,
-    "tune": 8,
-    "fleet": 8,
-    "rate": 8,
-    "cli": 9,
+    "rlhf": 8,
+    "tune": 9,
+    "fleet": 9,
+    "rate": 9,
+    "cli": 10,
 }
 
 #: Rooms that may be imported where torch and its friends are not installed, or before they are wanted.

@@ -14,12 +14,12 @@ from rayft.model.attention import NAME, register_documents_attention
 from rayft.model.head import install_nll_head
 from rayft.objectives.advantages import gae, group_relative, leave_one_out
 from rayft.objectives.aggregation import token_weights
+from rayft.objectives.importance import truncated_importance
 from rayft.objectives.policy import (
     Clip,
     PolicyObjective,
     policy_loss,
     token_tensors,
-    truncated_importance,
 )
 from rayft.objectives.value import ValueObjective, value_loss
 from tests.tiny import save_tiny, tiny_model

@@ -27,7 +27,7 @@ def refused(**groups: Any) -> str:
     [
         ({"seed": -1}, "seed = -1: should be greater than or equal to 0"),
         ({"seed": "abc"}, "seed = 'abc': should be a valid integer"),
-        ({"method": "ppo"}, "method = 'ppo'"),
+        ({"method": "trpo"}, "method = 'trpo'"),
         ({"train": {"learning_rate": 0}}, "train.learning_rate = 0"),
         ({"train": {"learning_rate": "fast"}}, "train.learning_rate = 'fast'"),
         ({"train": {"learning_rate": float("inf")}}, "train.learning_rate = inf: should be a finite number"),

@@ -1,0 +1,157 @@
+"""From scored answers to what is trained on: the layout of the updates, advantages, weights, and what the log says of them.
+
+Shapes: S answers of a step, P prompts with G answers each; lists hold one array per answer, with a value for each of its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rayft.data.step import deal, packed_layout, padded_layout
+from rayft.objectives.advantages import (
+    gae,
+    group_relative,
+    leave_one_out,
+    overlong_penalty,
+    returns_to_go,
+    token_rewards,
+    whiten,
+    without_spread,
+)
+from rayft.objectives.aggregation import token_weights
+from rayft.objectives.importance import kl_of_tokens, truncated_importance
+from rayft.rlhf.rollout import Rollout
+from rayft.spec import Job
+
+Columns = dict[str, list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """The answers of one optimizer update, and the micro-batches of each rank: indices of answers, equally many everywhere."""
+
+    answers: list[int]
+    ranks: list[list[list[int]]]
+
+
+def lay_out(lengths: Sequence[int], job: Job, *, ranks: int, packed: bool, step: int) -> list[MiniBatch]:
+    """The mini-batches of a step whose answers have `lengths` tokens, prompts included.
+
+    Decided before anything is computed: log-probabilities are looked at in the very micro-batches that are trained on,
+    so the first ratio is exactly 1.
+    """
+    order = np.arange(len(lengths))
+    if job.rl.num_mini_batches > 1:
+        order = np.random.default_rng([job.seed, step]).permutation(len(lengths))
+    mini_batches = []
+    for part in np.array_split(order, job.rl.num_mini_batches):
+        own = [lengths[i] for i in part]
+        layout = packed_layout if packed else padded_layout
+        slots = layout(own, job.data.max_length, job.train.micro_batch_size, ranks)
+        loads = [sum(own[i] for row in slot for i in row) for slot in slots]
+        dealt = [
+            [[int(part[i]) for row in slot for i in row] for slot in mine]
+            for mine in deal(slots, loads, ranks)
+        ]
+        mini_batches.append(MiniBatch([int(i) for i in part], dealt))
+    return mini_batches
+
+
+def score_with_rules(rollouts: Sequence[Rollout], scores_S: np.ndarray, job: Job) -> np.ndarray:
+    """The scores after what the job says of length and of answers that were cut off, float64[S]."""
+    rl, longest = job.rl, job.rollout.max_new_tokens
+    made = np.array(scores_S, np.float64)
+    for number, rollout in enumerate(rollouts):
+        if rl.overlong_buffer:
+            made[number] += overlong_penalty(len(rollout.ids), longest=longest, buffer=rl.overlong_buffer)
+        if rl.truncated == "penalty" and not rollout.ended:
+            made[number] = rl.truncated_penalty
+    return made
+
+
+def uniform_groups(scores_S: np.ndarray, job: Job) -> np.ndarray:
+    """Which prompts' answers all score the same, bool[P]."""
+    return without_spread(scores_S.reshape(-1, job.rl.num_generations or 1))
+
+
+def experience(
+    rollouts: Sequence[Rollout],
+    scores_S: np.ndarray,
+    old: Sequence[np.ndarray],
+    reference: Sequence[np.ndarray] | None,
+    values: Sequence[np.ndarray] | None,
+    job: Job,
+    kl_coef: float,
+) -> tuple[Columns, dict[str, float]]:
+    """Columns of `PolicyObjective` and `ValueObjective` but for weights, and metrics of the step's answers.
+
+    old, reference: log-probabilities of the answers' tokens under the policy before the step and under the reference.
+    values: the critic's. scores_S: with rules applied.
+    """
+    rl = job.rl
+    lengths = [len(rollout.ids) for rollout in rollouts]
+    kl = [kl_of_tokens(o, r, "k1") for o, r in zip(old, reference, strict=True)] if reference else None
+    penalties = [np.zeros(n) for n in lengths]
+    if kl is not None and reference is not None and rl.kl_in == "reward":
+        assert rl.kl_estimator is not None
+        penalties = [
+            kl_coef * kl_of_tokens(o, r, rl.kl_estimator) for o, r in zip(old, reference, strict=True)
+        ]
+    columns: Columns = {"old_logprobs": list(old)}
+    if rl.grouped:
+        totals_PG = (scores_S - [penalty.sum() for penalty in penalties]).reshape(-1, rl.num_generations or 1)
+        if rl.advantage_estimator == "leave_one_out":
+            of_answers = leave_one_out(totals_PG).flatten()
+        else:
+            assert rl.advantage_scale is not None
+            of_answers = group_relative(totals_PG, rl.advantage_scale).flatten()
+        advantages = [np.full(n, a) for n, a in zip(lengths, of_answers, strict=True)]
+    else:
+        rewards = [token_rewards(s, p) for s, p in zip(scores_S, penalties, strict=True)]
+        if rl.critic:
+            assert values is not None
+            advantages, returns = gae(rewards, values, gamma=rl.gamma, gae_lambda=rl.gae_lambda)
+            columns |= {"old_values": list(values), "returns": returns}
+        else:
+            advantages = [returns_to_go(reward, rl.gamma) for reward in rewards]
+    if rl.whiten_advantages:
+        advantages = whiten(advantages)
+    drawn = [np.asarray(rollout.logprobs) for rollout in rollouts]
+    columns |= {
+        "advantages": advantages,
+        "importance": [
+            truncated_importance(o, d, rl.importance_cap) for o, d in zip(old, drawn, strict=True)
+        ],
+    }
+    if reference and rl.kl_in == "loss":
+        columns["reference"] = list(reference)
+    gaps = np.concatenate([np.abs(np.asarray(o) - d) for o, d in zip(old, drawn, strict=True)])
+    metrics = {
+        "score": float(np.mean(scores_S)),
+        "score_std": float(np.std(scores_S)),
+        "length": float(np.mean(lengths)),
+        "truncated": float(np.mean([not rollout.ended for rollout in rollouts])),
+        "engine_gap": float(gaps.mean()),
+    }
+    if rl.grouped:
+        metrics["uniform_groups"] = float(np.mean(uniform_groups(scores_S, job)))
+    if kl is not None:
+        metrics["kl"] = float(np.mean([own.sum() for own in kl]))
+        metrics["kl_coef"] = kl_coef
+    return columns, metrics
+
+
+def weights_of(rollouts: Sequence[Rollout], mini_batches: Sequence[MiniBatch], job: Job) -> list[np.ndarray]:
+    """Weight of each token in the loss of its mini-batch; 0 for answers that are left out of it."""
+    assert job.rl.loss_aggregation is not None
+    made: list[np.ndarray] = [np.empty(0)] * len(rollouts)
+    for mini_batch in mini_batches:
+        kept = [job.rl.truncated != "mask" or rollouts[i].ended for i in mini_batch.answers]
+        lengths = [len(rollouts[i].ids) * keep for i, keep in zip(mini_batch.answers, kept, strict=True)]
+        weights = token_weights(lengths, job.rl.loss_aggregation, job.rollout.max_new_tokens)
+        for i, weight, keep in zip(mini_batch.answers, weights, kept, strict=True):
+            made[i] = np.full(len(rollouts[i].ids), weight * keep)
+    return made

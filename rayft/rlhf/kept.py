@@ -1,0 +1,45 @@
+"""Every answer of a step as Parquet: what was asked and said, how it was scored, what was learned from it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayft.rlhf.experience import Columns
+from rayft.rlhf.rollout import Rollout
+from rayft.storage import Store
+
+
+def keep_rollouts(
+    store: Store,
+    step: int,
+    rollouts: Sequence[Rollout],
+    by_source: dict[str, np.ndarray],
+    scores_S: np.ndarray,
+    columns: Columns,
+) -> None:
+    """Write `rollouts/step-N.parquet`, a row for each answer."""
+    rows: dict[str, list[Any]] = {
+        "row": [r.prompt.row for r in rollouts],
+        "position": [r.prompt.position for r in rollouts],
+        "sample": [r.sample for r in rollouts],
+        "prompt": [json.dumps(r.prompt.content, ensure_ascii=False) for r in rollouts],
+        "text": [r.text for r in rollouts],
+        "prompt_ids": [list(r.prompt.ids) for r in rollouts],
+        "ids": [r.ids for r in rollouts],
+        "ended": [r.ended for r in rollouts],
+        "version": [r.version for r in rollouts],
+        "engine_logprobs": [r.logprobs for r in rollouts],
+        "score": scores_S.tolist(),
+    }
+    rows |= {f"score/{name}": scores.tolist() for name, scores in by_source.items()}
+    rows |= {name: [np.asarray(a, np.float64).tolist() for a in arrays] for name, arrays in columns.items()}
+    sink = io.BytesIO()
+    pq.write_table(pa.table(rows), sink, compression="zstd")
+    store.put(f"rollouts/step-{step:06d}.parquet", sink.getvalue())

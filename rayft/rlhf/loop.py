@@ -1,0 +1,231 @@
+"""The algorithm: ask, answer, score, look back, learn; again. `train` is the loop; read it first."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+
+from rayft.errors import PreemptedError
+from rayft.learner.learner import StepResult
+from rayft.learner.schedule import learning_rate
+from rayft.objectives.kl import KlController
+from rayft.rlhf.experience import (
+    experience,
+    lay_out,
+    score_with_rules,
+    uniform_groups,
+    weights_of,
+)
+from rayft.rlhf.kept import keep_rollouts
+from rayft.rlhf.plan import RlPlan
+from rayft.rlhf.prompts import PromptSet
+from rayft.rlhf.roles import Roles
+from rayft.rlhf.rollout import Rollout
+from rayft.storage import Store
+from rayft.train.failures import diverged
+
+
+@dataclass
+class State:
+    """What a run knows between two steps, beside models and optimizers; part of every checkpoint."""
+
+    kl: KlController
+    step: int = 0
+    position: int = 0
+    tokens: int = 0
+
+    def dump(self) -> dict[str, Any]:
+        """JSON state for a checkpoint."""
+        return {"position": self.position, "tokens": self.tokens, "kl_coef": self.kl.coef}
+
+    def restore(self, step: int, state: dict[str, Any]) -> None:
+        """Take in what `dump` gave."""
+        self.step, self.position, self.tokens = step, state["position"], state["tokens"]
+        self.kl.coef = state["kl_coef"]
+
+
+@dataclass
+class Step:
+    """The answers of a step. ledger: what became of each prompt that was drawn."""
+
+    rollouts: list[Rollout]
+    scores_S: np.ndarray
+    by_source: dict[str, np.ndarray]
+    next_position: int
+    ledger: dict[str, list[int]]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time inside to a phase."""
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+class Loop:
+    """One attempt at a run: from where it stands to its end, or to the first process that dies."""
+
+    def __init__(
+        self,
+        plan: RlPlan,
+        prompts: PromptSet,
+        roles: Roles,
+        state: State,
+        recorder: Any,
+        store: Store,
+        between: Callable[[], str],
+    ) -> None:
+        """between: called after every step; says why to stop, or nothing."""
+        self.plan, self.job, self.rl = plan, plan.job, plan.job.rl
+        self.prompts, self.roles, self.state = prompts, roles, state
+        self.recorder, self.store, self._between = recorder, store, between
+        self._saved_step = state.step if state.step else -1
+
+    def train(self) -> None:
+        """The run."""
+        job, rl, roles, state = self.job, self.rl, self.roles, self.state
+        if state.step == 0 and job.eval.before:
+            roles.suites("before", 0)
+        while state.step < self.plan.total_steps:
+            began = time.perf_counter()
+            step = self._answers()
+            rollouts, count = step.rollouts, len(step.rollouts)
+            lengths = [len(r.prompt.ids) + len(r.ids) for r in rollouts]
+            layout = lay_out(lengths, job, ranks=len(roles.policy), packed=self.plan.packed, step=state.step)
+            with step.timed("scoring"):
+                roles.take(rollouts, layout)
+                old = roles.old_logprobs(count)
+                reference = roles.reference_logprobs(count)
+                values = roles.values(count)
+            columns, metrics = experience(rollouts, step.scores_S, old, reference, values, job, state.kl.coef)
+            columns["weights"] = weights_of(rollouts, layout, job)
+            rate = learning_rate(job.train, state.step, self.plan.total_steps)
+            critic_rate = (
+                rate * (rl.critic_learning_rate or job.train.learning_rate) / job.train.learning_rate
+            )
+            results: list[StepResult] = []
+            critic_results: list[StepResult] = []
+            with step.timed("update"):
+                for number in [n for _ in range(rl.num_epochs or 1) for n in range(len(layout))]:
+                    if result := roles.update_critic(number, columns, critic_rate):
+                        critic_results.append(self._checked(result))
+                    if state.step >= rl.critic_warmup_steps:
+                        result = roles.update_policy(number, columns, rate, state.kl.coef)
+                        results.append(self._checked(result))
+            if "kl" in metrics:
+                state.kl.update(metrics["kl"], count)
+            state.step, state.position = state.step + 1, step.next_position
+            state.tokens += sum(lengths)
+            with step.timed("dump"):
+                keep_rollouts(self.store, state.step, rollouts, step.by_source, step.scores_S, columns)
+            self._record(step, lengths, metrics, results, critic_results, rate, time.perf_counter() - began)
+            stop = self._between()
+            if stop or state.step % self.plan.checkpoint_every == 0 or state.step == self.plan.total_steps:
+                self._save()
+            if stop:
+                self._stop(stop)
+        self._finish_saving()
+        roles.suites("after", state.step)
+
+    # -- the parts of the loop ---------------------------------------------------------------------------------
+
+    def _answers(self) -> Step:
+        """Prompts, answers and scores of a step; with others in the place of prompts that teach nothing, if so asked."""
+        wanted, state = self.job.train.global_batch_size or 1, self.state
+        step = Step([], np.empty(0), {}, state.position, {"trained": [], "too_long": [], "uniform": []})
+        for refill in range(1 + self.rl.max_refills):
+            missing = wanted - len(step.ledger["trained"])
+            taken = self.prompts.take(step.next_position, missing)
+            step.next_position = taken.next_position
+            step.ledger["too_long"] += taken.too_long
+            with step.timed("generation"):
+                rollouts = self.roles.generate(taken.prompts, state.step)
+            with step.timed("reward"):
+                scores_S, by_source = self.roles.score(rollouts)
+            scores_S = score_with_rules(rollouts, scores_S, self.job)
+            kept_P = np.ones(missing, np.bool_)
+            if self.rl.drop_uniform_groups and refill < self.rl.max_refills:
+                kept_P = ~uniform_groups(scores_S, self.job)
+            for prompt, kept in zip(taken.prompts, kept_P, strict=True):
+                step.ledger["trained" if kept else "uniform"].append(prompt.row)
+            kept_S = np.repeat(kept_P, self.rl.num_generations or 1)
+            step.rollouts += [r for r, kept in zip(rollouts, kept_S, strict=True) if kept]
+            step.scores_S = np.concatenate([step.scores_S, scores_S[kept_S]])
+            for name, scores in by_source.items():
+                before = step.by_source.get(name, np.empty(0))
+                step.by_source[name] = np.concatenate([before, scores[kept_S]])
+            if kept_P.all():
+                break
+        return step
+
+    def _checked(self, result: StepResult) -> StepResult:
+        if not result.applied or result.loss != result.loss:
+            what = f"the loss is {result.loss:.4g} and the gradient norm {result.grad_norm:.4g}"
+            raise diverged(self.state.step, what)
+        return result
+
+    def _record(
+        self,
+        step: Step,
+        lengths: Sequence[int],
+        metrics: dict[str, float],
+        results: Sequence[StepResult],
+        critic_results: Sequence[StepResult],
+        rate: float,
+        seconds: float,
+    ) -> None:
+        for result in (results[0] if results else None, critic_results[0] if critic_results else None):
+            metrics = metrics | (result.metrics if result else {})
+        if len(results) > 1:
+            metrics["moved"] = results[-1].metrics["moved"]
+            metrics["clip_fraction"] = float(np.mean([result.metrics["clip_fraction"] for result in results]))
+        metrics |= {f"score/{name}": float(scores.mean()) for name, scores in step.by_source.items()}
+        shown = [*results, *critic_results]
+        answered = sum(len(rollout.ids) for rollout in step.rollouts)
+        row = {
+            "kind": "step",
+            "step": self.state.step,
+            "position": self.state.position,
+            "loss": float(np.mean([result.loss for result in (results or shown)])),
+            "grad_norm": float(np.max([result.grad_norm for result in (results or shown)])),
+            "learning_rate": rate,
+            "rows": len(step.ledger["trained"]),
+            "answers": len(step.rollouts),
+            "tokens": sum(lengths),
+            "trained_tokens": answered,
+            "tokens_per_s": sum(lengths) / seconds,
+            "trained_tokens_per_s": answered / seconds,
+            "padding": 0.0,
+            "seconds": {name: round(value, 4) for name, value in step.seconds.items()},
+            "peak_memory_gb": self.roles.peak_memory_gb(),
+            "metrics": metrics,
+        }
+        self.recorder.row.remote(row)
+        self.recorder.row.remote({"kind": "ledger", "step": self.state.step, **step.ledger})
+
+    def _save(self) -> None:
+        """The rows up to this step are made durable first: whoever resumes from the checkpoint has the log before it."""
+        ray.get(self.recorder.flush.remote(), timeout=self.roles.timeout_s)
+        self._tell_commit(self.roles.save(self.state.step, self.state.dump()))
+        self._saved_step = self.state.step
+
+    def _finish_saving(self) -> None:
+        self._tell_commit(self.roles.finish_saving())
+
+    def _tell_commit(self, step: int | None) -> None:
+        if step is not None:
+            self.recorder.event.remote("checkpoint", f"step {step} is committed", step=step)
+
+    def _stop(self, reason: str) -> None:
+        self._finish_saving()
+        raise PreemptedError(
+            f"The run was asked to stop ({reason}) and is saved at step {self.state.step}.",
+            "Start it again under the same name to go on.",
+        )

@@ -1,0 +1,139 @@
+"""Decide, once and before any actor starts, what the run is: models, ZeRO stage, packing, prompts, steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayft.data.template import ChatTokenizer
+from rayft.errors import JobError
+from rayft.model.files import ModelFiles, job_files, load_config, load_tokenizer
+from rayft.rlhf.prompts import PromptSet
+from rayft.rlhf.rewards import load_function
+from rayft.spec import Job, parse_job
+from rayft.storage import node_cache_dir
+from rayft.train.prepare import decide_packing, decide_stage, with_absolute_paths
+from rayft.train.setup import pad_id_of
+
+
+@dataclass(frozen=True)
+class RlPlan:
+    """All a process needs to know.
+
+    owner: identity of the driver in the lease. stage: ZeRO stage of policy and critic. packed: whether answers share a row.
+    critic: the job of the critic's model, if there is one. reference: where the reference's log-probabilities come from.
+    """
+
+    job: Job
+    run_uri: str
+    owner: dict[str, Any]
+    stage: int
+    packed: bool
+    pad_id: int
+    critic: Job | None
+    reference: str | None
+    total_steps: int
+    checkpoint_every: int
+
+    @property
+    def savers(self) -> int:
+        """Ranks that write into a checkpoint: the policy's, then the critic's."""
+        return self.job.cluster.max_workers * (2 if self.critic else 1)
+
+
+@dataclass(frozen=True)
+class RlPrepared:
+    """plan: of the run. files: of the policy's model. prompts: what is asked. memory: the memory plan as fields of an event."""
+
+    plan: RlPlan
+    files: ModelFiles
+    prompts: PromptSet
+    memory: dict[str, Any]
+
+    def origin(self) -> dict[str, Any]:
+        """Hashes of what the run is made from, for `lineage.json`."""
+        return {
+            "model": {"source": self.files.source, "identity": self.files.identity},
+            "data": {
+                "identity": self.prompts.identity,
+                "rows": self.prompts.rows,
+                "sources": [source.path for source in self.plan.job.data.train],
+            },
+            "tokenizer_and_template": self.prompts.chat.identity,
+        }
+
+
+def prepare(job: Job, run_uri: str, owner: dict[str, Any]) -> RlPrepared:
+    """Resolve models and prompts, and fix every decision of the run."""
+    job = with_absolute_paths(job)
+    node_dir = node_cache_dir()
+    files = job_files(job, node_dir)
+    packed = decide_packing(job, load_config(files, job.model))
+    stage, memory = decide_stage(job, files)
+    if stage == 3:
+        raise JobError(
+            f"zero.stage 3 is not there yet for method {job.method}: its engine needs whole tensors while it generates.",
+            "Use zero.stage 0, 1 or 2.",
+        )
+    tokenizer = load_tokenizer(files, job.model)
+    prompts = PromptSet(
+        job.data,
+        ChatTokenizer(tokenizer),
+        seed=job.seed,
+        longest=job.data.max_length - job.rollout.max_new_tokens,
+        node_dir=node_dir / "data",
+    )
+    prompts.take(0, 1)  # refuses what no prompt fits into before anything starts
+    for source in job.rewards:
+        if source.type == "function":
+            load_function(source.path)
+    per_step = job.train.global_batch_size
+    assert per_step is not None
+    total = job.train.max_steps or math.ceil(
+        job.train.num_train_epochs * prompts.order.epoch_rows() / per_step
+    )
+    plan = RlPlan(
+        job=job,
+        run_uri=run_uri,
+        owner=owner,
+        stage=stage,
+        packed=packed,
+        pad_id=pad_id_of(tokenizer),
+        critic=critic_job(job) if job.rl.critic else None,
+        reference=reference_of(job),
+        total_steps=total,
+        checkpoint_every=job.checkpoint.every_steps or max(1, min(500, total // 10)),
+    )
+    return RlPrepared(plan, files, prompts, memory)
+
+
+def reference_of(job: Job) -> str | None:
+    """`adapter`: the policy with its adapter off, which is exactly what it started as; `group`: a model of its own; None."""
+    if not job.rl.kl_coef:
+        return None
+    exact = job.adapter.type == "lora" and not job.adapter.modules_to_save
+    return "adapter" if exact else "group"
+
+
+def critic_job(job: Job) -> Job:
+    """The job of the critic's model: the first reward model's body and score head, else the policy's with a new head."""
+    models = [source.path for source in job.rewards if source.type == "model"]
+    path = _model_folder(models[0]) if models else None
+    values = job.model_dump(exclude={"rl", "rollout", "rewards", "dpo", "eval"}, exclude_unset=True)
+    values |= {"method": "reward"}
+    if path is not None:
+        values["model"] = {**values["model"], "path": path}
+        values["model"].pop("tokenizer", None)
+        values["model"].pop("chat_template", None)
+    return parse_job(values)
+
+
+def _model_folder(path: str) -> str | None:
+    """The exported model of a run, the folder itself; None for an adapter, whose head fits no other body."""
+    folder = Path(path)
+    for found in (folder / "model", folder):
+        if (found / "config.json").exists():
+            return str(found)
+    return None

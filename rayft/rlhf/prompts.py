@@ -1,0 +1,137 @@
+"""The prompts of a run: rows with a `prompt`, and other columns that reward functions may want to see."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayft.data.formats import conversation, json_value, rename
+from rayft.data.order import Order
+from rayft.data.read import open_tables, read_rows
+from rayft.data.template import ChatTokenizer
+from rayft.errors import DataError
+from rayft.generate.prompts import chat_prompt, text_prompt
+from rayft.spec import Data, Source
+
+#: Rows between two places from which a text file can be read.
+EVERY = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a step. position: in the order of the run, unique in it; row: of the data."""
+
+    position: int
+    row: int
+    ids: tuple[int, ...]
+    content: Any
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Prompts of a step, the position after the last that was looked at, and rows left out for their length."""
+
+    prompts: list[Prompt]
+    next_position: int
+    too_long: list[int]
+
+
+class PromptSet:
+    """All rows of data.train, read when they are needed; what comes when follows from the position alone."""
+
+    def __init__(self, data: Data, chat: ChatTokenizer, *, seed: int, longest: int, node_dir: Path) -> None:
+        """longest: tokens a prompt may have. Raises DataError for sources without rows."""
+        self.data, self.chat, self.longest, self._node_dir = data, chat, longest, node_dir
+        tables = [
+            [(source, table) for table in open_tables(source, every=EVERY, node_dir=node_dir)]
+            for source in data.train
+        ]
+        self._tables = [entry for own in tables for entry in own]
+        sizes = [
+            _limited(source, [table.rows for _, table in own])
+            for own, source in zip(tables, data.train, strict=True)
+        ]
+        self._firsts = [0]
+        for rows in (rows for own in sizes for rows in own):
+            self._firsts.append(self._firsts[-1] + rows)
+        self.order = Order(
+            seed,
+            sizes,
+            weights=[source.weight for source in data.train],
+            replay=[source.replay for source in data.train],
+        )
+        meaning = [[t.digest, *t.reading, sorted(s.columns.items()), s.system] for s, t in self._tables]
+        whole = repr([meaning, sizes, chat.identity, longest, data.too_long])
+        self.identity = hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
+
+    @property
+    def rows(self) -> int:
+        """Rows of all sources."""
+        return self._firsts[-1]
+
+    def take(self, position: int, count: int) -> Taken:
+        """The next `count` prompts from `position`. Raises DataError for a row without a prompt, and if none fits."""
+        prompts: list[Prompt] = []
+        too_long: list[int] = []
+        give_up = position + self.order.epoch_rows()
+        while len(prompts) < count:
+            row = int(self.order.ids(position, 1)[0])
+            prompt = self._prompt(position, row)
+            position += 1
+            if prompt is None:
+                too_long.append(row)
+            else:
+                prompts.append(prompt)
+            if not prompts and position >= give_up:
+                raise DataError(
+                    f"No prompt of data.train has at most {self.longest} tokens (data.max_length less rollout.max_new_tokens).",
+                    "Raise data.max_length, or lower rollout.max_new_tokens.",
+                )
+        return Taken(prompts, position, too_long)
+
+    def _prompt(self, position: int, row: int) -> Prompt | None:
+        number = bisect_right(self._firsts, row) - 1
+        source, table = self._tables[number]
+        [(where, values)] = read_rows(table, row - self._firsts[number], 1, self._node_dir)
+        content, ids = self._encode(rename(values, source, where), source, where)
+        if len(ids) > self.longest:
+            if self.data.too_long != "drop":
+                raise DataError(
+                    f"{where}: the prompt has {len(ids)} tokens; data.max_length less rollout.max_new_tokens leaves {self.longest}.",
+                    "Shorten it, raise data.max_length, or set data.too_long to drop.",
+                )
+            return None
+        columns = {name: value for name, value in values.items() if name != "prompt"}
+        return Prompt(position, row, tuple(ids), content, columns)
+
+    def _encode(self, row: dict[str, Any], source: Source, where: str) -> tuple[Any, Sequence[int]]:
+        prompt = row.get("prompt")
+        if isinstance(prompt, str) and prompt.strip() and prompt.lstrip()[:2] not in ("[{", "[ "):
+            return prompt, text_prompt(self.chat.tokenizer, prompt)
+        messages = json_value(prompt, "'prompt'", where)
+        if not messages:
+            raise DataError(
+                f"{where}: the column 'prompt' is missing or empty.",
+                "It is text or a list of messages; rename another with `columns` of the source.",
+            )
+        made = conversation(messages, row, source, where)
+        if made.messages[-1]["role"] == "assistant":
+            raise DataError(
+                f"{where}: the prompt ends with a turn of the assistant.",
+                "Leave that turn out: the model writes it.",
+            )
+        return made.messages, chat_prompt(self.chat, made.messages, made.tools, where)
+
+
+def _limited(source: Source, rows: list[int]) -> list[int]:
+    """Rows of each table that `limit` leaves."""
+    left, kept = source.limit, []
+    for own in rows:
+        kept.append(own if left is None else min(own, left))
+        left = None if left is None else left - kept[-1]
+    return kept

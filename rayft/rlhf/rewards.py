@@ -1,0 +1,157 @@
+"""What scores answers: Python functions and reward models, each in an actor of its own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rayft.errors import DataError, JobError, RayftError
+from rayft.spec import RewardSource
+
+
+class Scorer(Protocol):
+    """Scores answers (text) to prompts (text or messages); columns: the other columns of their rows, a list each."""
+
+    def __call__(
+        self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list[Any]]
+    ) -> list[float]: ...
+
+
+class RewardActor:
+    """The process of one reward source."""
+
+    def __init__(self, source: RewardSource, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._source = source
+        self._scorer: Scorer | None = None
+
+    def load(self) -> None:
+        """Make it ready. Raises JobError where there is no such function or model."""
+        made: Callable[[RewardSource], Scorer] = (
+            FunctionScorer if self._source.type == "function" else ModelScorer
+        )
+        self._scorer = made(self._source)
+
+    def score(
+        self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list[Any]]
+    ) -> list[float]:
+        """One finite number an answer. Raises JobError for anything else the source gives."""
+        assert self._scorer is not None
+        return checked(self._scorer(prompts, answers, columns), len(answers), self._source)
+
+
+class FunctionScorer:
+    """A Python function, called as TRL calls reward functions: `f(prompts=…, completions=…, **columns)`."""
+
+    def __init__(self, source: RewardSource) -> None:
+        self._source = source
+        self._function = load_function(source.path)
+
+    def __call__(
+        self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list[Any]]
+    ) -> list[float]:
+        try:
+            return self._function(prompts=list(prompts), completions=list(answers), **columns)
+        except RayftError:
+            raise
+        except Exception as error:
+            at = _line_of(error, self._source.path)
+            raise JobError(
+                f"The reward function {self._source.path} raised {type(error).__name__}: {error}{at}.",
+                "Mend it; it is called with prompts, completions and the other columns of the rows, each a list.",
+            ) from error
+
+
+class ModelScorer:
+    """A model made by `method: reward`; of several heads the mean counts."""
+
+    def __init__(self, source: RewardSource) -> None:
+        from rayft.data.template import ChatTokenizer
+        from rayft.generate.scores import ScoreEngine, load_score_model
+
+        module, tokenizer = load_score_model(source.path)
+        self._engine, self._chat, self._name = ScoreEngine(module), ChatTokenizer(tokenizer), source.name
+
+    def __call__(
+        self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list[Any]]
+    ) -> list[float]:
+        """Scores of the conversations in the reward model's own template; a length beyond its context is refused."""
+        from rayft.data.comparisons import Comparison
+        from rayft.data.formats import Conversation, PromptCompletion
+
+        rows = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if isinstance(prompt, str):
+                rows.append(Comparison((PromptCompletion(prompt, answer),), 0.0))
+                continue
+            messages = [*prompt, {"role": "assistant", "content": answer}]
+            made = Conversation(messages, None, [None] * len(messages), completion_from=len(prompt))
+            rows.append(Comparison((made,), 0.0))
+        names = [f"answer {number} of the step" for number in range(1, len(rows) + 1)]
+        documents = []
+        for encoded in self._chat.encode_batch(rows, names):
+            if isinstance(encoded, DataError):
+                raise encoded
+            documents.append(encoded[0].ids.tolist())
+        return [sum(heads) / len(heads) for heads in self._engine.rate(documents)]
+
+
+def checked(scores: Any, count: int, source: RewardSource) -> list[float]:
+    """The scores as floats. Raises JobError where they are not one finite number an answer."""
+    remedy = "It must return a list with one finite number for each completion."
+    try:
+        found = [float(score) for score in scores]
+    except (TypeError, ValueError):
+        raise JobError(
+            f"The reward {source.name} gave {type(scores).__name__}, not numbers.", remedy
+        ) from None
+    if len(found) != count:
+        raise JobError(f"The reward {source.name} gave {len(found)} scores for {count} answers.", remedy)
+    for number, score in enumerate(found):
+        if not math.isfinite(score):
+            raise JobError(
+                f"The reward {source.name} gave {score} for answer {number + 1} of {count}.", remedy
+            )
+    return found
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The function at `file.py:name` or `module:name`. Raises JobError if there is none."""
+    where, _, name = path.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(f"rayft_reward_{abs(hash(where))}", where)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+    except Exception as error:
+        raise JobError(
+            f"The reward function {path} cannot be loaded: {type(error).__name__}: {error}.",
+            "Give `file.py:name` or `module:name` that every node can import.",
+        ) from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise JobError(f"{where} has no function {name!r}.", "Name one that it has after the colon.")
+    return function
+
+
+def _line_of(error: BaseException, path: str) -> str:
+    """Where in the user's file it was raised."""
+    file = path.rpartition(":")[0]
+    trace, line = error.__traceback__, None
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename).name == Path(file).name:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f" (line {line})" if line else ""

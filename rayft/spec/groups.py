@@ -1,0 +1,429 @@
+"""The groups that every method shares. Each key, its unit and its default stand here (or in `rayft.spec.rl`) and nowhere else.
+
+Unknown keys are refused with a suggestion (`rayft.spec.load`); what contradicts itself inside one group is
+refused here, what needs the model or the cluster to judge is refused where that is known.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class Model(Group):
+    """Which model, and how its weights are held."""
+
+    path: str = Field(
+        description="Hub id, local folder, s3:// prefix, GGUF file, or `package:NAME` for a GGUF inside an installed Python package."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    gguf_file: str | None = Field(
+        None, description="Name of the GGUF file inside the folder or hub repository."
+    )
+    tokenizer: str | None = Field(None, description="Where the tokenizer comes from, if not from the model.")
+    chat_template: str | None = Field(
+        None, description="A Jinja file that replaces the tokenizer's chat template; saved with the model."
+    )
+    random_weights: bool = Field(
+        False, description="Build the model from its config alone with random weights (tests and benchmarks)."
+    )
+    attention: Literal["auto", "documents", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="`documents`: rayft's per-document attention, needed for packing; auto picks it for proven families.",
+    )
+    trust_remote_code: bool = False
+
+
+class Adapter(Group):
+    """LoRA and its variants; `type: none` is full fine-tuning."""
+
+    type: Literal["none", "lora", "qlora"] = "none"
+    lora_r: PositiveInt = 16
+    lora_alpha: PositiveFloat = 32.0
+    lora_dropout: Fraction = 0.0
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    modules_to_save: list[str] = Field(
+        default_factory=list, description="Modules trained in full beside the adapter and saved with it."
+    )
+    use_rslora: bool = Field(
+        False, description="Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732)."
+    )
+    use_dora: bool = Field(False, description="Weight-decomposed LoRA (arXiv:2402.09353).")
+
+    @model_validator(mode="after")
+    def _type_is_said(self) -> Adapter:
+        given = self.model_fields_set
+        if given and "type" not in given:
+            raise ValueError(
+                f"adapter: {min(given)} does nothing without `type: lora` (or qlora; none for full)"
+            )
+        return self
+
+
+class Source(Group):
+    """One source of rows."""
+
+    path: str = Field(
+        description="File (jsonl, json, parquet, csv), folder, s3:// object or prefix, or hub id."
+    )
+    split: str = Field("train", description="Split of a hub data set.")
+    name: str | None = Field(None, description="Configuration name of a hub data set.")
+    format: Literal[
+        "auto",
+        "text",
+        "messages",
+        "prompt_completion",
+        "alpaca",
+        "sharegpt",
+        "preference",
+        "ranked",
+        "labelled",
+    ] = Field(
+        "auto",
+        description="Column layout; auto goes by the columns and refuses what is ambiguous. `preference` (prompt, chosen, "
+        "rejected), `ranked` (prompt, completions, best first) and `labelled` (prompt, completion, label) are for the "
+        "methods reward and dpo.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Renames, field of rayft: column of the source."
+    )
+    system: str | None = Field(None, description="System message put before conversations that have none.")
+    weight: PositiveFloat | None = Field(
+        None, description="Share of the rows of each step; give it for all sources or none."
+    )
+    limit: PositiveInt | None = Field(None, description="Use only the first so many rows.")
+    replay: bool = Field(
+        False, description="General data mixed in against forgetting; does not count for epochs."
+    )
+
+
+class Data(Group):
+    """What is trained on and how rows become batches."""
+
+    train: list[Source] = Field(min_length=1)
+    eval: list[Source] = Field(default_factory=list, description="Held-out rows for the evaluation loss.")
+    max_length: PositiveInt = Field(
+        2048, description="Tokens; longer rows are treated as `too_long` says. Also the length of a pack."
+    )
+    too_long: Literal["drop", "truncate", "error"] = "drop"
+    packing: bool | Literal["auto"] = Field(
+        "auto", description="Best-fit packing; auto packs where the model family is proven for it."
+    )
+    loss_on: Literal["assistant", "completion", "all"] = Field(
+        "assistant",
+        description="Which tokens carry loss under `method: sft` (`text` rows always train on all).",
+    )
+    contradictions: Literal["error", "keep"] = Field(
+        "error",
+        description="What to do with rows of data.train that rate the same answers to the same prompt both ways (reward, dpo).",
+    )
+    shard_rows: PositiveInt = Field(2000, description="Rows per shard of the tokenised cache.")
+    cache: str | None = Field(
+        None,
+        description="Where the tokenised cache lives (default: `cache/` beside the runs); shared by ranks, restarts and searches.",
+    )
+
+    @model_validator(mode="after")
+    def _weights_for_all_or_none(self) -> Data:
+        weighted = [s.weight is not None for s in self.train]
+        if any(weighted) and not all(weighted):
+            missing = self.train[weighted.index(False)].path
+            raise ValueError(
+                f"data.train: give `weight` for every source or for none (missing for {missing!r})"
+            )
+        if any(s.replay for s in self.train):
+            if all(s.replay for s in self.train):
+                raise ValueError("data.train: at least one source must not be `replay`")
+            if not all(weighted):
+                raise ValueError("data.train: a `replay` source needs a `weight` on every source")
+        return self
+
+
+class Train(Group):
+    """Optimisation."""
+
+    global_batch_size: PositiveInt | None = Field(
+        None,
+        description="Rows per optimizer step over all ranks (default 16 if tokens_per_step is not given).",
+    )
+    tokens_per_step: PositiveInt | None = Field(
+        None,
+        description="Instead of global_batch_size: tokens per optimizer step over all ranks. Epochs of such steps can "
+        "only be counted when all rows are tokenised, so training waits for that unless max_steps is given.",
+    )
+    micro_batch_size: PositiveInt = Field(
+        1,
+        description="Rows (unpacked) or packs of data.max_length tokens (packed) per forward pass of a rank.",
+    )
+    num_train_epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; overrides num_train_epochs.")
+    learning_rate: PositiveFloat = 1e-5
+    lr_scheduler: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "cosine", description="wsd: warm-up, stable, linear decay over the last `decay_ratio`."
+    )
+    warmup_ratio: Fraction = 0.03
+    warmup_steps: int | None = Field(None, ge=0, description="Overrides warmup_ratio.")
+    min_lr_ratio: Fraction = Field(
+        0.0, description="Learning rate at the end as a fraction of learning_rate."
+    )
+    decay_ratio: Fraction = 0.2
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="Not applied to biases, norms and other 1-D parameters."
+    )
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="0 switches clipping off.")
+    precision: Literal["bf16", "fp32", "pure_bf16"] = Field(
+        "bf16",
+        description="bf16: bf16 compute, fp32 master weights and optimizer state; pure_bf16: no master copy.",
+    )
+    gradient_checkpointing: bool = False
+    logits_chunk: PositiveInt = Field(
+        1024, description="Trained tokens per chunk of the lm-head, so that the logits never exist whole."
+    )
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="Evaluations without improvement of the evaluation loss before the run ends."
+    )
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    max_loss: PositiveFloat | None = Field(
+        None, description="End the run as diverged (code 6) when the training loss exceeds this."
+    )
+
+    @model_validator(mode="after")
+    def _one_batch_unit(self) -> Train:
+        if self.global_batch_size and self.tokens_per_step:
+            raise ValueError("train: give global_batch_size or tokens_per_step, not both")
+        if not self.global_batch_size and not self.tokens_per_step:
+            self.global_batch_size = 16
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Train:
+        if self.warmup_steps and self.max_steps and self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"train: warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}"
+            )
+        if (
+            self.lr_scheduler == "wsd"
+            and self.warmup_steps is None
+            and self.warmup_ratio + self.decay_ratio > 1
+        ):
+            raise ValueError("train: warmup_ratio and decay_ratio together are more than the whole run")
+        return self
+
+
+class Reward(Group):
+    """`method: reward`: a model that scores answers, learned from comparisons (Bradley-Terry, Plackett-Luce) or labels."""
+
+    heads: PositiveInt = Field(
+        1,
+        description="Score heads of different beginnings on one body: the score is their mean, their spread says how sure it is.",
+    )
+    center_coef: NonNegativeFloat = Field(
+        0.01,
+        description="Weight of the square of the scores' mean in a row, which keeps scores around 0 (arXiv:2312.09244).",
+    )
+
+
+#: `dpo.beta` where the job gives none.
+DEFAULT_BETA = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
+
+
+class Dpo(Group):
+    """`method: dpo`: direct preference objectives. rayft.objectives.preference and .kto give the formulas."""
+
+    loss: Literal["sigmoid", "ipo", "simpo", "orpo", "kto"] = Field(
+        "sigmoid",
+        description="sigmoid: DPO (arXiv:2305.18290), conservative with label_smoothing; ipo: arXiv:2310.12036; simpo: "
+        "arXiv:2405.14734 and orpo: arXiv:2403.07691, without a reference; kto: arXiv:2402.01306, for `labelled` rows.",
+    )
+    beta: PositiveFloat | None = Field(
+        None, description=f"Strength of the objective (default: {DEFAULT_BETA})."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0,
+        description="Share of pairs taken to be the wrong way round (conservative DPO); sigmoid and simpo.",
+    )
+    length_normalized: bool = Field(
+        False,
+        description="sigmoid: log-probabilities per token instead of summed (ipo, simpo and orpo always do).",
+    )
+    simpo_gamma: NonNegativeFloat = Field(1.0, description="simpo: the margin that is aimed at.")
+    nll_coef: NonNegativeFloat = Field(
+        0.0,
+        description="Weight of the chosen answers' negative log-likelihood per token; orpo always adds it with weight 1.",
+    )
+    nll_on: Literal["completion", "all"] = Field(
+        "completion",
+        description="Tokens of the chosen side that count for it: the answer, or the prompt too.",
+    )
+    desirable_weight: PositiveFloat = Field(1.0, description="kto: weight of good answers.")
+    undesirable_weight: PositiveFloat = Field(1.0, description="kto: weight of bad answers.")
+
+    @model_validator(mode="after")
+    def _fits_the_loss(self) -> Dpo:
+        only = {
+            "label_smoothing": ("sigmoid", "simpo"),
+            "length_normalized": ("sigmoid",),
+            "simpo_gamma": ("simpo",),
+            "nll_coef": ("sigmoid", "ipo", "simpo"),
+            "nll_on": ("sigmoid", "ipo", "simpo", "orpo"),
+            "desirable_weight": ("kto",),
+            "undesirable_weight": ("kto",),
+        }
+        for key in sorted(self.model_fields_set & only.keys()):
+            if self.loss not in only[key] and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"dpo.{key} is for dpo.loss {' or '.join(only[key])}, not {self.loss}")
+        return self
+
+    @property
+    def strength(self) -> float:
+        """beta, the job's or the loss's default."""
+        return self.beta or DEFAULT_BETA[self.loss]
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss in ("sigmoid", "ipo", "kto")
+
+
+class Zero(Group):
+    """DeepSpeed ZeRO."""
+
+    stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto", description="auto: the lowest stage that fits by the memory plan."
+    )
+    offload_optimizer: bool = Field(False, description="Optimizer state and step in host memory.")
+
+    @model_validator(mode="after")
+    def _offload_needs_a_stage(self) -> Zero:
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("zero: offload_optimizer needs stage 1, 2 or 3 (or auto)")
+        return self
+
+
+class Cluster(Group):
+    """What the run needs of the cluster."""
+
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        1, description="Ranks; [min, max] makes the run elastic."
+    )
+    gpus_per_worker: NonNegativeFloat = Field(0, description="0 trains on CPU.")
+    cpus_per_worker: PositiveFloat = 1
+    threads_per_worker: PositiveInt | None = Field(
+        None,
+        description="CPU threads of a rank (default: cpus_per_worker); fixed, because results depend on it.",
+    )
+    max_failures: int = Field(
+        3, ge=0, description="Worker failures that are restarted from the last checkpoint."
+    )
+    hang_timeout_s: PositiveFloat = Field(
+        600.0,
+        description="Seconds without progress of a rank before stacks are dumped and the group restarted.",
+    )
+    start_timeout_s: PositiveFloat = Field(300.0, description="Seconds to wait for the workers to start.")
+    elastic_interval_s: PositiveFloat = Field(
+        60.0, description="Seconds between looks at whether an elastic run can grow."
+    )
+    gpu: str | None = Field(
+        None, description="GPU type for the memory plan, such as H100-80GB; default: what the node reports."
+    )
+
+    @field_validator("num_workers")
+    @classmethod
+    def _min_below_max(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"[min, max] has min {value[0]} > max {value[1]}")
+        return value
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
+
+    @property
+    def threads(self) -> int:
+        return self.threads_per_worker or max(1, int(self.cpus_per_worker))
+
+
+class Checkpoint(Group):
+    every_steps: PositiveInt | None = Field(
+        None, description="Steps between checkpoints (default: a tenth of the run, at most 500)."
+    )
+    keep: PositiveInt = Field(2, description="Committed checkpoints that are kept.")
+    backlog: PositiveInt = Field(1, description="Checkpoints that may be uploading while training goes on.")
+    commit_timeout_s: PositiveFloat = Field(
+        600.0, description="Seconds rank 0 waits for all fragments before a checkpoint counts as failed."
+    )
+    on_failure: Literal["stop", "continue"] = Field(
+        "stop", description="What a checkpoint that storage refuses does to the run."
+    )
+
+
+class Suite(Group):
+    """One measured quality of the model."""
+
+    name: str
+    type: Literal["bits_per_byte", "multiple_choice", "json", "qa", "ifeval", "preference"] = Field(
+        description="json: generated JSON against the reference; qa: F1, exact match and right refusals; ifeval: "
+        "verifiable instructions; preference: whether the model agrees with people about answers."
+    )
+    path: str
+    limit: PositiveInt | None = None
+    max_new_tokens: PositiveInt = 128
+    schema_path: str | None = Field(
+        None, description="JSON schema that answers of a `json` suite must satisfy."
+    )
+    refusal: str | None = Field(
+        None, description="`qa`: the exact sentence that says the context holds no answer."
+    )
+    by: str | None = Field(
+        None, description="`preference`: a column by whose values the accuracy is also given (source, rater)."
+    )
+    forgetting: bool = Field(False, description="This suite measures what should not get worse.")
+
+
+class Eval(Group):
+    """What is measured: evaluation loss during the run, suites before and after it."""
+
+    every_steps: PositiveInt | None = None
+    batch_size: PositiveInt = Field(16, description="Rows scored or generated at a time by a rank.")
+    suites: list[Suite] = Field(default_factory=list)
+    before: bool = Field(True, description="Measure the suites before training too.")
+
+    @field_validator("suites")
+    @classmethod
+    def _unique_names(cls, suites: list[Suite]) -> list[Suite]:
+        names = [s.name for s in suites]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two suites are named {name!r}")
+        return suites
+
+
+class Log(Group):
+    every_steps: PositiveInt = Field(
+        1, description="Steps between progress lines; the run log has every step."
+    )
+    tensorboard: bool = False
+    mlflow: str | None = Field(None, description="Tracking URI.")
+    wandb: str | None = Field(None, description="Project.")

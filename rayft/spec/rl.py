@@ -1,0 +1,250 @@
+"""Groups of the methods that learn from rewards: the algorithm, the rollouts, what scores them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from rayft.spec.groups import Fraction, Group, NonNegativeFloat
+
+#: Method -> what it sets in the group `rl` where the job says nothing. rayft.objectives has formulas and papers.
+METHODS: dict[str, dict[str, Any]] = {
+    "ppo": {
+        "num_generations": 1,
+        "advantage_estimator": "gae",
+        "whiten_advantages": True,
+        "loss_aggregation": "token_mean",
+        "kl_coef": 0.05,
+        "kl_in": "reward",
+        "kl_estimator": "k1",
+        "num_epochs": 4,
+    },
+    "grpo": {"advantage_scale": "group", "loss_aggregation": "sequence_mean", "kl_coef": 0.04},
+    "rloo": {
+        "advantage_estimator": "leave_one_out",
+        "ratio": "sequence",
+        "loss_aggregation": "sequence_mean",
+        "kl_coef": 0.05,
+        "kl_in": "reward",
+        "kl_estimator": "k1",
+    },
+    "reinforce++": {
+        "num_generations": 1,
+        "advantage_estimator": "returns",
+        "whiten_advantages": True,
+        "loss_aggregation": "token_mean",
+        "kl_coef": 0.01,
+        "kl_in": "reward",
+        "kl_estimator": "k1",
+    },
+    "dapo": {
+        "advantage_scale": "group",
+        "loss_aggregation": "token_mean",
+        "clip_high": 0.28,
+        "drop_uniform_groups": True,
+        "kl_coef": 0.0,
+    },
+    "dr_grpo": {"advantage_scale": "none", "loss_aggregation": "constant", "kl_coef": 0.0},
+    "gspo": {
+        "advantage_scale": "group",
+        "ratio": "sequence_mean",
+        "loss_aggregation": "sequence_mean",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "kl_coef": 0.0,
+    },
+}
+
+#: What holds for every method that says nothing else.
+DEFAULTS: dict[str, Any] = {
+    "num_generations": 8,
+    "advantage_estimator": "group",
+    "advantage_scale": "group",
+    "whiten_advantages": False,
+    "loss_aggregation": "token_mean",
+    "ratio": "token",
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "kl_coef": 0.0,
+    "kl_in": "loss",
+    "kl_estimator": "k3",
+    "num_epochs": 1,
+    "drop_uniform_groups": False,
+}
+
+
+class Rl(Group):
+    """The algorithm. What is not given is the method's own choice."""
+
+    num_generations: PositiveInt | None = Field(None, description="Answers to each prompt of a step.")
+    num_epochs: PositiveInt | None = Field(None, description="How often a step's answers are trained on.")
+    num_mini_batches: PositiveInt = Field(
+        1, description="Optimizer updates of an epoch over a step's answers."
+    )
+    advantage_estimator: Literal["gae", "group", "leave_one_out", "returns"] | None = Field(
+        None,
+        description="gae: with a critic; group: against the mean of the prompt's answers; leave_one_out: of its others; "
+        "returns: the rewards as they are.",
+    )
+    advantage_scale: Literal["group", "batch", "none"] | None = Field(
+        None, description="group: by which standard deviation scores are divided."
+    )
+    whiten_advantages: bool | None = Field(
+        None, description="Scale the step's advantages to mean 0, deviation 1."
+    )
+    gamma: Fraction = 1.0
+    gae_lambda: Fraction = 0.95
+    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] | None = Field(
+        None, description="constant: sums of tokens over rollout.max_new_tokens."
+    )
+    ratio: Literal["token", "sequence", "sequence_mean"] | None = Field(
+        None, description="Whose probabilities are compared with the old policy's: a token's or an answer's."
+    )
+    clip_low: PositiveFloat | None = None
+    clip_high: PositiveFloat | None = None
+    clip_dual: PositiveFloat | None = Field(
+        None, gt=1, description="Bound of the loss of tokens with negative advantage (arXiv:1912.09729)."
+    )
+    importance_cap: PositiveFloat = Field(
+        2.0, description="Bound of the weight that corrects for the engine's difference from the trainer."
+    )
+    kl_coef: NonNegativeFloat | None = Field(
+        None, description="Weight of the divergence from the reference; 0 does without a reference."
+    )
+    kl_in: Literal["reward", "loss"] | None = None
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    kl_weighted: bool | None = Field(
+        None,
+        description="In the loss: weight the estimate with the ratio to the old policy, which k1 and k3 need for the "
+        "right gradient (default: for those).",
+    )
+    kl_target: PositiveFloat | None = Field(
+        None, description="Nats an answer; kl_coef is moved towards what keeps the divergence there."
+    )
+    kl_horizon: PositiveInt = Field(10_000, description="Answers over which kl_coef is moved.")
+    value_clip: PositiveFloat | None = 0.2
+    critic_learning_rate: PositiveFloat | None = Field(
+        None, description="gae (default: train.learning_rate)."
+    )
+    critic_warmup_steps: int = Field(0, ge=0, description="gae: first steps in which only the critic learns.")
+    truncated: Literal["score", "penalty", "mask"] = Field(
+        "score",
+        description="Answers cut off at rollout.max_new_tokens: scored like others, given truncated_penalty, or left out "
+        "of the loss.",
+    )
+    truncated_penalty: float = -1.0
+    overlong_buffer: PositiveInt | None = Field(
+        None, description="Tokens before max_new_tokens over which length costs up to 1 (DAPO)."
+    )
+    drop_uniform_groups: bool | None = Field(
+        None, description="Leave out prompts whose answers all score the same and draw others instead (DAPO)."
+    )
+    max_refills: PositiveInt = Field(
+        10,
+        description="drop_uniform_groups: how often others are drawn before a step goes on with what it has.",
+    )
+
+    def filled(self, method: str) -> Rl:
+        """The group with the method's choice for what was not given. Raises ValueError for what contradicts itself."""
+        choices = {**DEFAULTS, **METHODS[method]}
+        values = {name: choices[name] for name in choices if getattr(self, name) is None}
+        made = self.model_copy(update=values)
+        if made.advantage_estimator != "group" and self.advantage_scale is None:
+            made.advantage_scale = None
+        if made.kl_weighted is None:
+            made.kl_weighted = made.kl_in == "loss" and made.kl_estimator != "k2"
+        made._refuse_contradictions()
+        return made
+
+    @property
+    def critic(self) -> bool:
+        """Whether the method has one."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def grouped(self) -> bool:
+        """Whether answers to one prompt are compared with each other."""
+        return self.advantage_estimator in ("group", "leave_one_out")
+
+    def _refuse_contradictions(self) -> None:
+        if self.grouped and self.num_generations == 1:
+            raise ValueError(
+                f"rl.num_generations 1: the advantage estimator {self.advantage_estimator} compares the answers to one prompt, so "
+                "it needs 2 or more"
+            )
+        if self.drop_uniform_groups and not self.grouped:
+            raise ValueError(
+                f"rl.drop_uniform_groups does nothing under the advantage estimator {self.advantage_estimator}"
+            )
+        if self.ratio != "token" and self.loss_aggregation != "sequence_mean":
+            raise ValueError(
+                f"rl.ratio {self.ratio} makes one loss an answer; with rl.loss_aggregation {self.loss_aggregation} long answers "
+                "would count more (use sequence_mean)"
+            )
+        if self.kl_in == "loss" and self.kl_coef:
+            if self.kl_estimator == "k1" and not self.kl_weighted:
+                raise ValueError(
+                    "rl.kl_estimator k1 in the loss without rl.kl_weighted: its gradient is 0 on average, so nothing would "
+                    "hold the policy back"
+                )
+            if self.kl_estimator == "k2" and self.kl_weighted:
+                raise ValueError(
+                    "rl.kl_weighted with rl.kl_estimator k2: unweighted it has the right gradient, weighted it does not"
+                )
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError("rl.kl_target moves rl.kl_coef, which must not be 0 for that")
+        fields = type(self).model_fields
+        given = {name for name in fields if getattr(self, name) != fields[name].default}
+        for name in ("critic_learning_rate", "critic_warmup_steps", "gae_lambda", "value_clip"):
+            if name in given and not self.critic:
+                raise ValueError(
+                    f"rl.{name} is for the advantage estimator gae, not {self.advantage_estimator}"
+                )
+        if "advantage_scale" in given and self.advantage_estimator != "group":
+            raise ValueError(
+                f"rl.advantage_scale is for the advantage estimator group, not {self.advantage_estimator}"
+            )
+        if "truncated_penalty" in given and self.truncated != "penalty":
+            raise ValueError("rl.truncated_penalty needs rl.truncated penalty")
+
+
+class Rollout(Group):
+    """How answers are drawn."""
+
+    engine: Literal["transformers"] = Field(
+        "transformers", description="transformers: inside the policy's own processes, on its own tensors."
+    )
+    max_new_tokens: PositiveInt = 128
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    unit_prompts: PositiveInt = Field(
+        8, description="Prompts that are generated together, always the same ones, whoever does it."
+    )
+    batch_size: PositiveInt = Field(64, description="Answers that an engine works on at a time.")
+
+
+class RewardSource(Group):
+    """One source of rewards."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$")]
+    type: Literal["function", "model"]
+    path: str = Field(
+        description="function: `file.py:name` or `module:name`, called with prompts, completions and the other columns of the "
+        "rows as lists; it returns a list of numbers. model: one made by `method: reward` (a run, folder or hub id)."
+    )
+    weight: float = 1.0
+    timeout_s: PositiveFloat = Field(300.0, description="Seconds that a step's scores may take.")
+
+    @field_validator("path")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must not be empty")
+        return value
+
+    @model_validator(mode="after")
+    def _names_a_function(self) -> RewardSource:
+        if self.type == "function" and not all(part.strip() for part in self.path.rpartition(":")):
+            raise ValueError(f"path {self.path!r} of a function is `file.py:name` or `module:name`")
+        return self
