@@ -29,9 +29,13 @@ def run(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> int:
     """Look at the data as it would be trained on; no training, no GPU."""
     from rayft.spec import load_job
-    from rayft.train.inspect import check_job
 
-    return check_job(load_job(args.job, args.overrides), samples=args.samples)
+    job = load_job(args.job, args.overrides)
+    if job.reinforced:
+        from rayft.rlhf.check import check_job
+    else:
+        from rayft.train.inspect import check_job
+    return check_job(job, samples=args.samples)
 
 
 def plan(args: argparse.Namespace) -> int:

@@ -54,7 +54,9 @@ class ModelActor:
 
     def join(self, address: str) -> None:
         """Meet the other ranks."""
-        os.environ["LOCAL_RANK"] = "0"  # what DeepSpeed wants to know; Ray shows each process its own GPU only
+        os.environ["LOCAL_RANK"] = (
+            "0"  # what DeepSpeed wants to know; Ray shows each process its own GPU only
+        )
         dist.init_process_group(
             "nccl" if self.job.cluster.gpus_per_worker else "gloo",
             init_method=address,

@@ -36,14 +36,16 @@ class Group:
         refs = [getattr(a, method).remote(one) for a, one in zip(self.actors, arguments, strict=True)]
         return self.wait(method, refs, timeout_s)
 
-    def wait(self, method: str, refs: Sequence[Any], timeout_s: float) -> list[Any]:
-        """The results of `refs`, which call `method`."""
+    def wait(
+        self, method: str, refs: Sequence[Any], timeout_s: float, late: RayftError | None = None
+    ) -> list[Any]:
+        """The results of `refs`, which call `method`. Raises `late` after the time-out (default: a WorkerError)."""
         # One that fails leaves the others waiting in a collective: look at whichever is ready first.
         left = list(refs)
         while left:
             ready, left = ray.wait(left, num_returns=1, timeout=timeout_s)
             if not ready:
-                raise WorkerError(
+                raise late or WorkerError(
                     f"The role {self.role} gave no answer to `{method}` for {timeout_s:.0f} s.",
                     "Run again to resume; raise cluster.hang_timeout_s if it was only slow.",
                 )

@@ -80,13 +80,12 @@ class PromptSet:
         too_long: list[int] = []
         give_up = position + self.order.epoch_rows()
         while len(prompts) < count:
-            row = int(self.order.ids(position, 1)[0])
-            prompt = self._prompt(position, row)
-            position += 1
+            prompt = self.at(position)
             if prompt is None:
-                too_long.append(row)
+                too_long.append(self._row(position))
             else:
                 prompts.append(prompt)
+            position += 1
             if not prompts and position >= give_up:
                 raise DataError(
                     f"No prompt of data.train has at most {self.longest} tokens (data.max_length less rollout.max_new_tokens).",
@@ -94,7 +93,9 @@ class PromptSet:
                 )
         return Taken(prompts, position, too_long)
 
-    def _prompt(self, position: int, row: int) -> Prompt | None:
+    def at(self, position: int) -> Prompt | None:
+        """The prompt at a position; None if it is too long. Raises DataError for a row without a prompt."""
+        row = self._row(position)
         number = bisect_right(self._firsts, row) - 1
         source, table = self._tables[number]
         [(where, values)] = read_rows(table, row - self._firsts[number], 1, self._node_dir)
@@ -108,6 +109,9 @@ class PromptSet:
             return None
         columns = {name: value for name, value in values.items() if name != "prompt"}
         return Prompt(position, row, tuple(ids), content, columns)
+
+    def _row(self, position: int) -> int:
+        return int(self.order.ids(position, 1)[0])
 
     def _encode(self, row: dict[str, Any], source: Source, where: str) -> tuple[Any, Sequence[int]]:
         prompt = row.get("prompt")

@@ -9,6 +9,7 @@ import numpy as np
 import ray
 from ray.util.placement_group import remove_placement_group
 
+from rayft.errors import JobError
 from rayft.learner.learner import StepResult
 from rayft.rlhf.actors import CriticActor, PolicyActor, ReferenceActor
 from rayft.rlhf.experience import Columns, MiniBatch
@@ -113,7 +114,12 @@ class Roles:
         }
         found = {}
         for source in self.job.rewards:
-            [scores] = self.rewards[source.name].wait("score", asked[source.name], source.timeout_s)
+            late = JobError(
+                f"The reward {source.name} gave no scores for {len(rollouts)} answers within {source.timeout_s:g} s.",
+                "Make it faster, or raise its timeout_s.",
+            )
+            group = self.rewards[source.name]
+            [scores] = group.wait("score", asked[source.name], source.timeout_s, late)
             found[source.name] = np.array(scores, np.float64)
         total = sum(
             (source.weight * found[source.name] for source in self.job.rewards), np.zeros(len(rollouts))

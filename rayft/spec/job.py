@@ -122,6 +122,14 @@ class Job(Group):
             raise ValueError(
                 f"method {self.method} needs `rewards`, a list of what scores the model's answers"
             )
+        names = [source.name for source in self.rewards]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two rewards are named {min(twice)!r}")
+        answers = (self.train.global_batch_size or 1) * (self.rl.num_generations or 1)
+        if self.rl.num_mini_batches > answers:
+            raise ValueError(
+                f"rl.num_mini_batches {self.rl.num_mini_batches} is more than the {answers} answers of a step"
+            )
         if self.train.tokens_per_step:
             raise ValueError(
                 "train.tokens_per_step is for rows that are there before; use global_batch_size, prompts of a step"

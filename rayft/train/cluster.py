@@ -23,8 +23,16 @@ def connect(cluster: Cluster) -> None:
     os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
     # Nobody drains a cluster that lives as long as this process.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # `local`: the address file of a cluster that was killed would otherwise be believed.
-    ray.init(address="local", include_dashboard=False, **quiet)
+    try:
+        # `local`: the address file of a cluster that was killed would otherwise be believed.
+        ray.init(address="local", include_dashboard=False, **quiet)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise ResourceError(
+            "Ray did not start on this machine: its processes did not answer in time.",
+            "Free memory or CPU (the machine is overloaded), and try again.",
+        ) from error
 
 
 def worker_resources(cluster: Cluster) -> dict[str, float]:

@@ -7,7 +7,7 @@ import torch
 
 from rayft.errors import DataError
 from rayft.generate.attention import NAME, packed_generation
-from rayft.generate.decode import sampling
+from rayft.generate.decode import rows_of_seed, sampling
 from rayft.generate.hf import TransformersEngine, in_step
 from tests.ranks import run_ranks
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -76,11 +76,36 @@ def test_sampling_depends_on_seed_and_row_alone() -> None:
     assert engine(batch_size=5).generate(PROMPTS, seed=4, **settings) != one  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_drawn_log_probabilities_are_the_trainers(top_p: float) -> None:
+    """At the temperature, before the nucleus was cut out; and what ended by itself is told from what was cut off."""
+    made = engine(stop={70, 71, 72, 73, 74}, batch_size=3)
+    seeds = [11, 12, 13, 14, 15]
+    drawn = made.draw(PROMPTS, seeds, max_new_tokens=30, temperature=0.7, top_p=top_p)
+    for prompt, answer in zip(PROMPTS, drawn, strict=True):
+        with torch.no_grad():
+            logits = made.model(torch.tensor([prompt + answer.ids])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / 0.7).log_softmax(-1).gather(-1, torch.tensor(answer.ids)[:, None])[:, 0]
+        assert answer.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+        assert answer.ended == (answer.ids[-1] in made.stop_ids)
+        assert answer.ended or len(answer.ids) == 30
+    assert {answer.ended for answer in drawn} == {True, False}
+
+
+def test_what_is_drawn_again_is_the_same_to_the_last_bit() -> None:
+    settings = {"max_new_tokens": 12, "temperature": 0.9}
+    first = engine(batch_size=3).draw(PROMPTS, [5, 4, 3, 2, 1], **settings)  # type: ignore[arg-type]
+    assert engine(batch_size=3).draw(PROMPTS, [5, 4, 3, 2, 1], **settings) == first  # type: ignore[arg-type]
+    other = engine(batch_size=3).draw(PROMPTS, [5, 4, 3, 2, 9], **settings)  # type: ignore[arg-type]
+    assert [answer.ids for answer in other[:4]] == [answer.ids for answer in first[:4]]
+    assert other[4].ids != first[4].ids
+
+
 def test_sampling_follows_the_distribution_and_its_nucleus() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, 4)
-    counts = torch.bincount(sampling(1.0, 1.0, 0)(logits, range(4000)), minlength=4) / 4000
+    counts = torch.bincount(sampling(1.0, 1.0, rows_of_seed(0))(logits, range(4000)), minlength=4) / 4000
     assert counts.tolist() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-    counts = torch.bincount(sampling(1.0, 0.7, 0)(logits, range(4000)), minlength=4) / 4000
+    counts = torch.bincount(sampling(1.0, 0.7, rows_of_seed(0))(logits, range(4000)), minlength=4) / 4000
     assert counts.tolist() == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
 
 

@@ -1,0 +1,164 @@
+"""Short runs that learn from rewards, from the job file to the exported model."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rayft.cli import main
+from rayft.report.log import read_log
+from rayft.storage import open_store
+from tests.cluster.rewards import function, prepare_folder, rl_job
+from tests.runs import read_json, write_job
+
+pytestmark = pytest.mark.slow
+
+LORA = {"type": "lora", "lora_r": 4, "target_modules": "all-linear"}
+
+#: Method -> its groups. Between them: both kinds of reference and none, a critic, both kinds of reward, ZeRO 0 to 2.
+CELLS: dict[str, dict[str, Any]] = {
+    "grpo": {"adapter": LORA, "zero": {"stage": 2}},
+    "ppo": {"rl": {"kl_target": 1.0, "num_mini_batches": 2}, "zero": {"stage": 1}},
+    "rloo": {"zero": {"stage": 0}, "rollout": {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.9}},
+    "reinforce++": {"adapter": LORA, "cluster": {"num_workers": 1}},
+    "dapo": {"rl": {"num_generations": 4, "overlong_buffer": 4}, "data": {"packing": False}},
+    "dr_grpo": {"rl": {"num_generations": 4, "truncated": "mask"}},
+    "gspo": {"rl": {"num_generations": 4, "num_mini_batches": 2}},
+}
+SHORT = ("grpo", "ppo")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_folder(tmp_path_factory.mktemp("rlhf"))
+
+
+def run(job: Any, folder: Path) -> int:
+    return main(["run", str(write_job(job, folder / f"{job.name}.yaml"))])
+
+
+@pytest.mark.parametrize(
+    "method", [*SHORT, *(pytest.param(m, marks=pytest.mark.full) for m in CELLS if m not in SHORT)]
+)
+def test_a_run_asks_learns_and_exports(method: str, folder: Path, local_ray: None) -> None:
+    name = method.replace("_", "-").replace("+", "p")
+    groups = {key: dict(group) for key, group in CELLS[method].items()}
+    if "data" in groups:
+        groups["data"] = {**rl_job(folder, method).data.model_dump(exclude_unset=True), **groups["data"]}
+    model = {"name": "model", "type": "model", "path": str(folder / "scorer"), "weight": 0.5}
+    rewards = [function(folder), model] if method == "ppo" else [function(folder)]
+    job = rl_job(folder, method, name=name, rewards=rewards, **groups)
+    assert run(job, folder) == 0
+    uri = folder / "runs" / name
+    log = read_log(open_store(uri))
+    steps = [row for row in log if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    first = steps[0]["metrics"]
+    assert first["engine_gap"] < 1e-5
+    if job.rl.kl_coef:
+        assert first["kl"] == 0.0, "the reference is not what the policy starts as"
+        assert steps[-1]["metrics"]["kl"] > 0
+    if job.rl.num_mini_batches == job.rl.num_epochs == 1:
+        assert first["moved"] == 0.0
+        assert first["ratio"] == pytest.approx(1.0, abs=1e-7)
+        assert first["clip_fraction"] == 0.0
+    if method == "ppo":
+        assert {"value_loss", "score/small", "score/model"} <= first.keys()
+        assert steps[-1]["metrics"]["kl_coef"] != first["kl_coef"]
+    ledger = [row for row in log if row["kind"] == "ledger"]
+    seen = [row for entry in ledger for what in ("trained", "uniform") for row in entry[what]]
+    assert sorted(seen[:24]) == list(range(24)), "an epoch does not ask every prompt once"
+    table = pq.read_table(io.BytesIO(open_store(uri).get("rollouts/step-000002.parquet")))
+    answers = 6 * (job.rl.num_generations or 1)
+    assert table.num_rows == answers == steps[1]["answers"]
+    rows = table.to_pylist()
+    assert {row["version"] for row in rows} == {1}
+    assert all(len(row["ids"]) == len(row["old_logprobs"]) == len(row["advantages"]) for row in rows)
+    if job.adapter.type == "none":
+        model = AutoModelForCausalLM.from_pretrained(uri / "model", dtype=torch.float32)
+        before = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    else:
+        assert (uri / "model" / "adapter_model.safetensors").exists()
+    assert (uri / "report.html").stat().st_size > 10_000
+
+
+def test_it_learns_what_is_rewarded(folder: Path, local_ray: None) -> None:
+    """Small letters, a tenth of what a random model writes: by a standard deviation of the first answers' scores at least."""
+    train = {"max_steps": 25, "learning_rate": 1e-2, "lr_scheduler": "constant", "global_batch_size": 8}
+    job = rl_job(folder, "dr_grpo", name="learns", train=train, checkpoint={"every_steps": 25})
+    assert run(job, folder) == 0
+    metrics = [
+        row["metrics"] for row in read_log(open_store(folder / "runs" / "learns")) if row["kind"] == "step"
+    ]
+    last = sum(row["score"] for row in metrics[-3:]) / 3
+    assert last > metrics[0]["score"] + metrics[0]["score_std"]
+
+
+def test_suites_are_measured_before_and_after(folder: Path, local_ray: None) -> None:
+    text = folder / "text.jsonl"
+    text.write_text('{"text": "some words of general text"}\n')
+    suites = [{"name": "general", "type": "bits_per_byte", "path": str(text), "forgetting": True}]
+    job = rl_job(
+        folder,
+        "grpo",
+        name="suites",
+        eval={"suites": suites},
+        train={"max_steps": 2, "global_batch_size": 2, "learning_rate": 1e-2, "precision": "fp32"},
+    )
+    assert run(job, folder) == 0
+    before, after = (
+        read_json(folder / "runs" / "suites" / f"suites-{when}.json")["general"]
+        for when in ("before", "after")
+    )
+    assert before != after
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "groups"),
+    [
+        ("raises", ["rewards.py:raises raised KeyError", "line 9"], {}),
+        ("nan", ["gave nan for answer 1"], {}),
+        ("short", ["gave 1 scores for 24 answers"], {}),
+        ("missing", ["has no function 'missing'"], {}),
+        ("never", ["gave no scores for 24 answers within 3 s"], {"timeout_s": 3}),
+    ],
+)
+def test_a_reward_that_misbehaves_ends_the_run_with_2(
+    name: str,
+    words: list[str],
+    groups: dict[str, Any],
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    local_ray: None,
+) -> None:
+    job = rl_job(folder, "grpo", name=name, rewards=[function(folder, name, **groups)])
+    capfd.readouterr()
+    assert run(job, folder) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    sentences = [line for line in err.splitlines() if line.startswith("rayft run:")]
+    assert len(sentences) == 1, err
+    for word in words:
+        assert word in sentences[0]
+
+
+def test_groups_without_spread_change_nothing(folder: Path, local_ray: None) -> None:
+    """Every answer scored the same: no advantage, and a step whose gradient is 0; DAPO draws others until it may no more."""
+    train = {"max_steps": 1, "global_batch_size": 4, "learning_rate": 1e-2, "precision": "fp32"}
+    rl = {"num_generations": 2, "max_refills": 2}
+    job = rl_job(folder, "dapo", name="same", rewards=[function(folder, "same")], train=train, rl=rl)
+    assert run(job, folder) == 0
+    log = read_log(open_store(folder / "runs" / "same"))
+    [step] = [row for row in log if row["kind"] == "step"]
+    [ledger] = [row for row in log if row["kind"] == "ledger"]
+    assert step["metrics"]["uniform_groups"] == 1.0
+    assert step["grad_norm"] == 0.0
+    assert len(ledger["trained"]) == 4
+    assert len(ledger["uniform"]) == 8

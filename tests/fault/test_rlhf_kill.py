@@ -1,0 +1,109 @@
+"""Runs that learn from rewards, killed in the middle: the result is the undisturbed run's, to the last bit."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rayft.report.log import read_log
+from rayft.storage import open_store
+from tests.cluster.rewards import function, prepare_folder, rl_job
+from tests.runs import (
+    Started,
+    assert_same_state,
+    events,
+    rayft,
+    send,
+    step_reached,
+    wait_until,
+    write_job,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = 8
+LORA = {"type": "lora", "lora_r": 4, "target_modules": "all-linear"}
+
+#: Name -> method and groups.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ppo": ("ppo", {"rl": {"kl_target": 1.0, "num_mini_batches": 2, "num_epochs": 2}, "zero": {"stage": 2}}),
+    "grpo_lora": (
+        "grpo",
+        {"adapter": LORA, "rl": {"num_generations": 4, "kl_target": 1.0}, "zero": {"stage": 2}},
+    ),
+}
+
+
+def processes(run: Started, name: str) -> list[psutil.Process]:
+    """Ray actors of a class."""
+    found = []
+    for process in run.tree():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if f"ray::{name}" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def job_file(folder: Path, kind: str, name: str) -> tuple[Path, Path]:
+    method, groups = KINDS[kind]
+    model = {"name": "model", "type": "model", "path": str(folder / "scorer"), "weight": 0.5}
+    job = rl_job(
+        folder,
+        method,
+        name=name,
+        seed=3,
+        rewards=[function(folder), model],
+        train={"max_steps": STEPS, "global_batch_size": 8, "learning_rate": 1e-3, "precision": "bf16"},
+        checkpoint={"every_steps": 2},
+        **groups,
+    )
+    return write_job(job, folder / f"{name}.yaml"), folder / "runs" / name
+
+
+def facts(uri: Path) -> list[Any]:
+    """What the log says of every step, but for times and memory."""
+    rows = [row for row in read_log(open_store(uri)) if row["kind"] in ("step", "ledger")]
+    changing = {
+        "time",
+        "epoch",
+        "attempt",
+        "seconds",
+        "tokens_per_s",
+        "trained_tokens_per_s",
+        "peak_memory_gb",
+    }
+    return [{key: value for key, value in row.items() if key not in changing} for row in rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_runs_change_nothing(kind: str, tmp_path: Path) -> None:
+    """Everything killed and started again, then one process of the policy and one of each other role in turn."""
+    folder = prepare_folder(tmp_path)
+    path, whole = job_file(folder, kind, "whole")
+    with rayft("run", str(path), log=folder / "whole.log") as run:
+        assert run.wait() == 0, run.output()
+    path, killed = job_file(folder, kind, "killed")
+    with rayft("run", str(path), log=folder / "killed.log") as run:
+        wait_until("step 3", step_reached(open_store(killed), 3), run)
+        run.kill_tree()
+    roles = ["PolicyActor", "RewardActor", *(["CriticActor", "ReferenceActor"] if kind == "ppo" else [])]
+    with rayft("run", str(path), log=folder / "killed.log") as run:
+        for number, role in enumerate(roles[:3]):
+            wait_until(
+                f"attempt {number + 1} at work",
+                lambda n=number: (
+                    len(events(open_store(killed), "resume")) > n and processes(run, "PolicyActor")
+                ),
+                run,
+            )
+            alive = wait_until(role, lambda r=role: processes(run, r), run)
+            send(alive[-1], signal.SIGKILL)
+        assert run.wait() == 0, run.output()
+    assert_same_state(killed, whole)
+    assert facts(killed) == facts(whole)
+    assert len(events(open_store(killed), "failure")) >= 1

@@ -1,0 +1,111 @@
+"""Scores of answers: functions that misbehave end in a sentence, a reward model scores as `rayft score` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayft.errors import JobError
+from rayft.rlhf.rewards import FunctionScorer, ModelScorer, RewardActor, checked
+from rayft.spec import RewardSource
+from tests.tiny import save_tiny
+from tests.unit.test_model_score import checkpoint_of, job_of
+
+PROMPTS = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
+FILE = """
+def length(prompts, completions, wanted, **columns):
+    assert prompts[0][0]["role"] == "user"
+    return [len(text) if want else 0 for text, want in zip(completions, wanted)]
+
+def raises(prompts, completions, **_):
+    return [1 / 0]
+
+def nan(completions, **_):
+    return [0.5, float("nan")]
+
+def short(completions, **_):
+    return [1.0]
+
+def words(completions, **_):
+    return ["good", "bad"]
+
+number = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "my_rewards.py"
+    path.write_text(FILE)
+    return path
+
+
+def source(path: str, kind: str = "function") -> RewardSource:
+    return RewardSource(name="mine", type=kind, path=path)  # type: ignore[arg-type,call-arg]
+
+
+def score(file: Path, name: str) -> list[float]:
+    actor = RewardActor(source(f"{file}:{name}"), 1)
+    actor.load()
+    return actor.score(PROMPTS, ["xx", "yyy"], {"wanted": [True, False]})
+
+
+def test_a_function_gets_columns_and_gives_numbers(file: Path) -> None:
+    assert score(file, "length") == [2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("raises", ["my_rewards.py:raises raised ZeroDivisionError", "line 7"]),
+        ("nan", ["gave nan for answer 2 of 2"]),
+        ("short", ["gave 1 scores for 2 answers"]),
+        ("words", ["gave list, not numbers"]),
+        ("missing", ["has no function 'missing'"]),
+        ("number", ["has no function 'number'"]),
+    ],
+)
+def test_what_is_wrong_with_a_function_is_one_sentence(file: Path, name: str, words: list[str]) -> None:
+    with pytest.raises(JobError) as caught:
+        score(file, name)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["nowhere.py:f", "no.such.module:f"])
+def test_a_function_that_is_not_there(path: str) -> None:
+    with pytest.raises(JobError, match="cannot be loaded"):
+        FunctionScorer(source(path))
+
+
+@pytest.mark.parametrize("scores", [None, 3, [None], ["x"]])
+def test_anything_but_numbers_is_refused(scores: Any) -> None:
+    with pytest.raises(JobError, match="not numbers"):
+        checked(scores, 1, source("a.py:f"))
+
+
+def test_a_reward_model_scores_as_the_verb_does(tmp_path: Path) -> None:
+    from rayft.evals.score import score_rows
+    from rayft.generate.scores import ScoreEngine, load_score_model
+    from rayft.model.export import export_model
+    from rayft.model.files import job_files
+
+    job = job_of(save_tiny(tmp_path / "model"))
+    reader, _ = checkpoint_of(job, tmp_path)
+    export_model(reader, job_files(job, tmp_path / "cache"), job, tmp_path / "reward")
+    rows = [
+        {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
+        for prompt, answer in zip(PROMPTS, ["xx", "yyy"], strict=True)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = load_score_model(str(tmp_path / "reward"))
+    scored: Iterator[dict[str, Any]] = score_rows(
+        str(tmp_path / "rows.jsonl"), [(ScoreEngine(model), tokenizer)], cache_dir=tmp_path
+    )
+    found = ModelScorer(source(str(tmp_path / "reward"), "model"))(PROMPTS, ["xx", "yyy"], {})
+    assert found == pytest.approx([row["scores"][0] for row in scored], rel=1e-6)
+    assert found[0] != found[1]

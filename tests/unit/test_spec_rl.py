@@ -1,0 +1,91 @@
+"""Jobs that learn from rewards: what each method chooses, and what contradicts itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rayft.errors import JobError
+from rayft.spec import METHODS, Job, dump_job, parse_job
+
+REWARDS = [{"name": "r", "type": "function", "path": "r.py:f"}]
+
+
+def job(method: str = "grpo", **groups: Any) -> Job:
+    values = {
+        "name": "run",
+        "model": {"path": "m"},
+        "data": {"train": [{"path": "a.jsonl"}]},
+        "rewards": REWARDS,
+    }
+    return parse_job({**values, "method": method, **groups})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_complete_and_reads_back_as_itself(method: str) -> None:
+    made = job(method)
+    optional = {"clip_dual", "kl_target", "critic_learning_rate", "overlong_buffer"}
+    if method in ("ppo", "rloo", "reinforce++"):
+        optional.add("advantage_scale")
+    missing = {name for name, value in made.rl.model_dump().items() if value is None}
+    assert missing == optional
+    assert parse_job(yaml.safe_load(dump_job(made))) == made
+
+
+def test_what_the_methods_choose() -> None:
+    assert job("ppo").rl.critic
+    assert not job("grpo").rl.critic
+    assert (job("dapo").rl.clip_low, job("dapo").rl.clip_high) == (0.2, 0.28)
+    assert job("dr_grpo").rl.advantage_scale == "none"
+    assert job("gspo").rl.ratio == "sequence_mean"
+    assert job("rloo").rl.advantage_estimator == "leave_one_out"
+    assert job("grpo").rl.kl_weighted
+    assert not job("grpo", rl={"kl_estimator": "k2"}).rl.kl_weighted
+    assert job("grpo", rl={"clip_high": 0.5}).rl.clip_high == 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "groups", "message"),
+    [
+        ("grpo", {"rl": {"num_generations": 1}}, "rl.num_generations 1"),
+        ("rloo", {"rl": {"num_generations": 1}}, "rl.num_generations 1"),
+        ("ppo", {"rl": {"drop_uniform_groups": True}}, "rl.drop_uniform_groups does nothing"),
+        ("gspo", {"rl": {"loss_aggregation": "token_mean"}}, "rl.ratio sequence_mean"),
+        ("grpo", {"rl": {"kl_estimator": "k1", "kl_weighted": False}}, "its gradient is 0 on average"),
+        (
+            "grpo",
+            {"rl": {"kl_estimator": "k2", "kl_weighted": True}},
+            "rl.kl_weighted with rl.kl_estimator k2",
+        ),
+        ("dapo", {"rl": {"kl_target": 1.0}}, "rl.kl_target moves rl.kl_coef"),
+        ("grpo", {"rl": {"gae_lambda": 0.9}}, "rl.gae_lambda is for the advantage estimator gae"),
+        ("rloo", {"rl": {"advantage_scale": "group"}}, "rl.advantage_scale is for"),
+        ("grpo", {"rl": {"truncated_penalty": -2.0}}, "needs rl.truncated penalty"),
+        ("grpo", {"rl": {"clip_dual": 0.5}}, "rl.clip_dual"),
+        ("grpo", {"rewards": []}, "needs `rewards`"),
+        ("grpo", {"rewards": [{**REWARDS[0], "path": "r.py"}]}, "`file.py:name`"),
+        ("grpo", {"rewards": [REWARDS[0], REWARDS[0]]}, "two rewards are named 'r'"),
+        ("grpo", {"train": {"tokens_per_step": 100}}, "use global_batch_size"),
+        ("grpo", {"train": {"global_batch_size": 1}, "rl": {"num_mini_batches": 9}}, "rl.num_mini_batches 9"),
+        ("grpo", {"rollout": {"max_new_tokens": 2048}}, "leaves no room for a prompt"),
+        ("grpo", {"rollout": {"engine": "vllm"}}, "rollout.engine"),
+        ("grpo", {"cluster": {"num_workers": [1, 2]}}, "give one number"),
+        ("grpo", {"adapter": {"type": "lora", "lora_dropout": 0.1}}, "adapter.lora_dropout must be 0"),
+        ("grpo", {"eval": {"every_steps": 2}}, "eval.every_steps"),
+        ("sft", {"rl": {"num_generations": 2}}, "rl: this group does nothing under method sft"),
+        ("sft", {}, "rewards: this group does nothing under method sft"),
+    ],
+)
+def test_refused(method: str, groups: dict[str, Any], message: str) -> None:
+    with pytest.raises(JobError) as caught:
+        job(method, **groups)
+    assert message in str(caught.value)
+
+
+def test_the_choices_are_those_of_the_method_given_later(tmp_path: Path) -> None:
+    """A dumped job is complete: what a method chooses is written down, and no later version's choice slips in."""
+    text = dump_job(job("dapo"))
+    assert yaml.safe_load(text)["rl"]["clip_high"] == 0.28
