@@ -55,7 +55,7 @@ def read_row(row: dict[str, Any], layout: Format, source: Source, where: str) ->
 
 def comparison(row: dict[str, Any], layout: Format, source: Source, where: str) -> Comparison:
     """What a row of the layouts `preference`, `ranked` and `labelled` means. Raises DataError naming the row."""
-    row = {field: _listed(field, value) for field, value in row.items()}
+    row = {field: listed(field, value) for field, value in row.items()}
     if layout == "labelled":
         (prompt, answers), names = _apart(row["prompt"], [row["completion"]]), ["completion"]
         value = _label(row, where)
@@ -174,7 +174,7 @@ def _margin(row: dict[str, Any], where: str) -> float:
     return number
 
 
-def _listed(field: str, value: Any) -> Any:
+def listed(field: str, value: Any) -> Any:
     """CSV files hold lists of messages, or of answers, as JSON text; other text that looks like it stays text."""
     if field not in _FIELDS or not isinstance(value, str) or not value.lstrip().startswith("["):
         return value

@@ -93,9 +93,15 @@ def without_spread(scores_PG: np.ndarray) -> np.ndarray:
     return np.asarray(scores_PG).max(1) == np.asarray(scores_PG).min(1)
 
 
-def whiten(arrays: Sequence[np.ndarray], *, shift: bool = True) -> list[np.ndarray]:
-    """All tokens' values scaled to deviation 1 over the whole step (arXiv:2006.05990 C67), and with `shift` to mean 0."""
-    together = np.concatenate([np.asarray(array, np.float64) for array in arrays])
+def whiten(
+    arrays: Sequence[np.ndarray], *, shift: bool = True, counted: Sequence[bool] | None = None
+) -> list[np.ndarray]:
+    """All tokens' values scaled to deviation 1 over the whole step (arXiv:2006.05990 C67), and with `shift` to mean 0.
+
+    counted: which sequences mean and deviation are of (default: all).
+    """
+    chosen = [a for a, own in zip(arrays, counted or [True] * len(arrays), strict=True) if own]
+    together = np.concatenate([np.empty(0), *(np.asarray(array, np.float64) for array in chosen)])
     if len(together) < 2:
         return [np.asarray(array, np.float64) for array in arrays]
     mean, deviation = together.mean(), together.std(ddof=1)

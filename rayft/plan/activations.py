@@ -51,7 +51,7 @@ def activation_bytes(job: Job, architecture: Architecture, element: int) -> int:
 def micro_batch_tokens(job: Job) -> int:
     """Tokens of the largest micro-batch: answers that are compared stay together, two of a pair (more of a ranked list)."""
     tokens = job.train.micro_batch_size * job.data.max_length
-    if job.method == "sft" or (job.method == "dpo" and job.dpo.loss == "kto"):
+    if job.method == "sft" or job.reinforced or (job.method == "dpo" and job.dpo.loss == "kto"):
         return tokens
     packed = job.data.packing is not False and job.model.attention in ("auto", "documents")
     return max(tokens, 2 * job.data.max_length) if packed else 2 * tokens

@@ -31,8 +31,8 @@ from rayft.train import setup
 from rayft.train.evaluate import measure_suites
 from rayft.train.retention import Retention
 
-#: Seconds that ranks wait for each other in a collective.
-COLLECTIVE_TIMEOUT_S = 1800
+#: Seconds that ranks wait for each other in a collective, at least; the driver, who can restart them, gives up before.
+COLLECTIVE_TIMEOUT_S = 3600.0
 
 
 class ModelActor:
@@ -62,7 +62,7 @@ class ModelActor:
             init_method=address,
             rank=self.rank,
             world_size=self.world_size,
-            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+            timeout=timedelta(seconds=max(COLLECTIVE_TIMEOUT_S, 2 * self.job.cluster.hang_timeout_s)),
         )
 
     def take(self, examples: Sequence[Sample], mini_batches: Sequence[MiniBatch]) -> None:
@@ -121,7 +121,7 @@ class LearnerActor(ModelActor):
         """Updates so far."""
         return self.learner.optimizer_step()
 
-    def _open_writer(self, rank: int, world_size: int, epoch: int) -> None:
+    def _open_writer(self, rank: int, world_size: int, epoch: int, recorder: Any) -> None:
         store = open_store(self.plan.run_uri)
         self.writer = CheckpointWriter(
             store,
@@ -131,8 +131,12 @@ class LearnerActor(ModelActor):
             backlog=self.job.checkpoint.backlog,
             timeout_s=self.job.checkpoint.commit_timeout_s,
         )
+
+        def cleanup_failed(error: Exception) -> None:
+            recorder.event.remote("failure", f"old checkpoints could not be deleted: {error}")
+
         self.retention = (
-            Retention(store, self.writer, self.job.checkpoint.keep, epoch, lambda _: None)
+            Retention(store, self.writer, self.job.checkpoint.keep, epoch, cleanup_failed)
             if rank == 0
             else None
         )
@@ -165,12 +169,12 @@ class PolicyActor(LearnerActor):
             kl_in_loss=rl.kl_estimator if rl.kl_in == "loss" and rl.kl_coef else None,
             kl_weighted=bool(rl.kl_weighted),
         )
-        module = setup.build_module(self.job, files, self.plan.stage)
+        module = setup.build_module(self.job, files, self.plan.stage, self.device)
         self.learner = Learner(self.job, module, objective, stage=self.plan.stage, device=self.device)
         self.engine = TransformersEngine(
             self.learner.module, self.tokenizer, batch_size=self.job.rollout.batch_size
         )
-        self._open_writer(self.rank, self.plan.savers, epoch)
+        self._open_writer(self.rank, self.plan.savers, epoch, recorder)
 
     def generate(self, units: Sequence[Unit]) -> list[list[tuple[Drawn, str]]]:
         """Answers of each unit, with their text."""
@@ -216,15 +220,15 @@ class CriticActor(LearnerActor):
 
     kind_prefix = "critic."
 
-    def build(self, epoch: int) -> None:
+    def build(self, epoch: int, recorder: Any) -> None:
         """Model, engine and writer."""
         job = self.plan.critic
         assert job is not None
         files = job_files(job, node_cache_dir())
-        module = setup.build_module(job, files, self.plan.stage)
-        objective = ValueObjective(job.rl.value_clip)
+        module = setup.build_module(job, files, self.plan.stage, self.device)
+        objective = ValueObjective(self.job.rl.value_clip)
         self.learner = Learner(job, module, objective, stage=self.plan.stage, device=self.device)
-        self._open_writer(self.job.cluster.max_workers + self.rank, self.plan.savers, epoch)
+        self._open_writer(self.job.cluster.max_workers + self.rank, self.plan.savers, epoch, recorder)
 
     def values(self) -> dict[int, np.ndarray]:
         """Values of the tokens of this rank's answers."""
@@ -241,7 +245,7 @@ class ReferenceActor(ModelActor):
     def build(self) -> None:
         """The model, which is never trained."""
         files = job_files(self.job, node_cache_dir())
-        module = setup.build_module(self.job, files, 0)
+        module = setup.build_module(self.job, files, 0, self.device)
         self._module = module.to(self.device).eval().requires_grad_(False)
         self._objective = PolicyObjective(temperature=self.job.rollout.temperature)
 

@@ -118,7 +118,7 @@ def experience(
         else:
             advantages = [returns_to_go(reward, rl.gamma) for reward in rewards]
     if rl.whiten_advantages:
-        advantages = whiten(advantages)
+        advantages = whiten(advantages, counted=kept_in_loss(rollouts, job))
     drawn = [np.asarray(rollout.logprobs) for rollout in rollouts]
     columns |= {
         "advantages": advantages,
@@ -144,12 +144,18 @@ def experience(
     return columns, metrics
 
 
+def kept_in_loss(rollouts: Sequence[Rollout], job: Job) -> list[bool]:
+    """Which answers are trained on."""
+    return [job.rl.truncated != "mask" or rollout.ended for rollout in rollouts]
+
+
 def weights_of(rollouts: Sequence[Rollout], mini_batches: Sequence[MiniBatch], job: Job) -> list[np.ndarray]:
     """Weight of each token in the loss of its mini-batch; 0 for answers that are left out of it."""
     assert job.rl.loss_aggregation is not None
     made: list[np.ndarray] = [np.empty(0)] * len(rollouts)
     for mini_batch in mini_batches:
-        kept = [job.rl.truncated != "mask" or rollouts[i].ended for i in mini_batch.answers]
+        all_kept = kept_in_loss(rollouts, job)
+        kept = [all_kept[i] for i in mini_batch.answers]
         lengths = [len(rollouts[i].ids) * keep for i, keep in zip(mini_batch.answers, kept, strict=True)]
         weights = token_weights(lengths, job.rl.loss_aggregation, job.rollout.max_new_tokens)
         for i, weight, keep in zip(mini_batch.answers, weights, kept, strict=True):

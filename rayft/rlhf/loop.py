@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from rayft.learner.learner import StepResult
 from rayft.learner.schedule import learning_rate
 from rayft.objectives.kl import KlController
 from rayft.rlhf.experience import (
+    Columns,
+    MiniBatch,
     experience,
     lay_out,
     score_with_rules,
@@ -86,7 +88,6 @@ class Loop:
         self.plan, self.job, self.rl = plan, plan.job, plan.job.rl
         self.prompts, self.roles, self.state = prompts, roles, state
         self.recorder, self.store, self._between = recorder, store, between
-        self._saved_step = state.step if state.step else -1
 
     def train(self) -> None:
         """The run."""
@@ -96,6 +97,8 @@ class Loop:
         while state.step < self.plan.total_steps:
             began = time.perf_counter()
             step = self._answers()
+            if not step.rollouts:
+                break  # what is left of the epoch was dropped
             rollouts, count = step.rollouts, len(step.rollouts)
             lengths = [len(r.prompt.ids) + len(r.ids) for r in rollouts]
             layout = lay_out(lengths, job, ranks=len(roles.policy), packed=self.plan.packed, step=state.step)
@@ -106,7 +109,7 @@ class Loop:
                 values = roles.values(count)
             columns, metrics = experience(rollouts, step.scores_S, old, reference, values, job, state.kl.coef)
             columns["weights"] = weights_of(rollouts, layout, job)
-            rate = learning_rate(job.train, state.step, self.plan.total_steps)
+            rate = learning_rate(job.train, self._progress(), self.plan.total_steps)
             critic_rate = (
                 rate * (rl.critic_learning_rate or job.train.learning_rate) / job.train.learning_rate
             )
@@ -115,11 +118,11 @@ class Loop:
             with step.timed("update"):
                 for number in [n for _ in range(rl.num_epochs or 1) for n in range(len(layout))]:
                     if result := roles.update_critic(number, columns, critic_rate):
-                        critic_results.append(self._checked(result))
+                        critic_results.append(self._checked(result, columns, layout[number]))
                     if state.step >= rl.critic_warmup_steps:
                         result = roles.update_policy(number, columns, rate, state.kl.coef)
-                        results.append(self._checked(result))
-            if "kl" in metrics:
+                        results.append(self._checked(result, columns, layout[number]))
+            if "kl" in metrics and results:
                 state.kl.update(metrics["kl"], count)
             state.step, state.position = state.step + 1, step.next_position
             state.tokens += sum(lengths)
@@ -142,15 +145,17 @@ class Loop:
         step = Step([], np.empty(0), {}, state.position, {"trained": [], "too_long": [], "uniform": []})
         for refill in range(1 + self.rl.max_refills):
             missing = wanted - len(step.ledger["trained"])
-            taken = self.prompts.take(step.next_position, missing)
+            taken = self.prompts.take(step.next_position, missing, self.plan.end)
             step.next_position = taken.next_position
             step.ledger["too_long"] += taken.too_long
+            if not taken.prompts:
+                break
             with step.timed("generation"):
                 rollouts = self.roles.generate(taken.prompts, state.step)
             with step.timed("reward"):
                 scores_S, by_source = self.roles.score(rollouts)
             scores_S = score_with_rules(rollouts, scores_S, self.job)
-            kept_P = np.ones(missing, np.bool_)
+            kept_P = np.ones(len(taken.prompts), np.bool_)
             if self.rl.drop_uniform_groups and refill < self.rl.max_refills:
                 kept_P = ~uniform_groups(scores_S, self.job)
             for prompt, kept in zip(taken.prompts, kept_P, strict=True):
@@ -165,11 +170,22 @@ class Loop:
                 break
         return step
 
-    def _checked(self, result: StepResult) -> StepResult:
+    def _progress(self) -> float:
+        """Steps that are done. In epochs it follows the position, since how many prompts are dropped is not known yet."""
+        rows = self.job.train.global_batch_size
+        return self.state.position / rows if rows and self.plan.end is not None else self.state.step
+
+    def _checked(self, result: StepResult, columns: Columns, mini_batch: MiniBatch) -> StepResult:
+        """The result with metrics that are means: of the loss's weights, which need not add up to 1."""
+        total = float(sum(columns["weights"][i].sum() for i in mini_batch.answers))
+        means = {name: value / total if total else 0.0 for name, value in result.metrics.items()}
+        limit = self.job.train.max_loss
+        if limit and result.loss > limit:
+            raise diverged(self.state.step, f"the loss {result.loss:.4g} exceeds train.max_loss {limit:g}")
         if not result.applied or result.loss != result.loss:
             what = f"the loss is {result.loss:.4g} and the gradient norm {result.grad_norm:.4g}"
             raise diverged(self.state.step, what)
-        return result
+        return replace(result, metrics=means)
 
     def _record(
         self,
@@ -214,7 +230,6 @@ class Loop:
         """The rows up to this step are made durable first: whoever resumes from the checkpoint has the log before it."""
         ray.get(self.recorder.flush.remote(), timeout=self.roles.timeout_s)
         self._tell_commit(self.roles.save(self.state.step, self.state.dump()))
-        self._saved_step = self.state.step
 
     def _finish_saving(self) -> None:
         self._tell_commit(self.roles.finish_saving())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayft.data.template import ChatTokenizer
 from rayft.errors import JobError
-from rayft.model.files import ModelFiles, job_files, load_config, load_tokenizer
+from rayft.model.families import can_pack
+from rayft.model.files import ModelFiles, job_files, load_config, load_tokenizer, resolve_model
 from rayft.rlhf.prompts import PromptSet
 from rayft.rlhf.rewards import load_function
 from rayft.spec import Job, parse_job
@@ -24,6 +26,7 @@ class RlPlan:
 
     owner: identity of the driver in the lease. stage: ZeRO stage of policy and critic. packed: whether answers share a row.
     critic: the job of the critic's model, if there is one. reference: where the reference's log-probabilities come from.
+    total_steps: optimizer steps (at most, where the prompts end at position `end`).
     """
 
     job: Job
@@ -35,6 +38,7 @@ class RlPlan:
     critic: Job | None
     reference: str | None
     total_steps: int
+    end: int | None
     checkpoint_every: int
 
     @property
@@ -65,7 +69,7 @@ class RlPrepared:
         }
 
 
-def prepare(job: Job, run_uri: str, owner: dict[str, Any]) -> RlPrepared:
+def prepare(job: Job, run_uri: str, owner: dict[str, Any], say: Callable[[str], None]) -> RlPrepared:
     """Resolve models and prompts, and fix every decision of the run."""
     job = with_absolute_paths(job)
     node_dir = node_cache_dir()
@@ -74,8 +78,8 @@ def prepare(job: Job, run_uri: str, owner: dict[str, Any]) -> RlPrepared:
     stage, memory = decide_stage(job, files)
     if stage == 3:
         raise JobError(
-            f"zero.stage 3 is not there yet for method {job.method}: its engine needs whole tensors while it generates.",
-            "Use zero.stage 0, 1 or 2.",
+            f"The model needs zero.stage 3, which is not there yet for method {job.method}: its engine needs whole tensors.",
+            "Use LoRA, more memory or a smaller model.",
         )
     tokenizer = load_tokenizer(files, job.model)
     prompts = PromptSet(
@@ -89,11 +93,11 @@ def prepare(job: Job, run_uri: str, owner: dict[str, Any]) -> RlPrepared:
     for source in job.rewards:
         if source.type == "function":
             load_function(source.path)
+    refuse_short_context(job, load_config(files, job.model))
     per_step = job.train.global_batch_size
     assert per_step is not None
-    total = job.train.max_steps or math.ceil(
-        job.train.num_train_epochs * prompts.order.epoch_rows() / per_step
-    )
+    end = None if job.train.max_steps else math.ceil(job.train.num_train_epochs * prompts.order.epoch_rows())
+    total = job.train.max_steps or math.ceil((end or 0) / per_step)
     plan = RlPlan(
         job=job,
         run_uri=run_uri,
@@ -101,9 +105,10 @@ def prepare(job: Job, run_uri: str, owner: dict[str, Any]) -> RlPrepared:
         stage=stage,
         packed=packed,
         pad_id=pad_id_of(tokenizer),
-        critic=critic_job(job) if job.rl.critic else None,
+        critic=critic_job(job, tokenizer, node_dir, say) if job.rl.critic else None,
         reference=reference_of(job),
         total_steps=total,
+        end=end,
         checkpoint_every=job.checkpoint.every_steps or max(1, min(500, total // 10)),
     )
     return RlPrepared(plan, files, prompts, memory)
@@ -117,17 +122,50 @@ def reference_of(job: Job) -> str | None:
     return "adapter" if exact else "group"
 
 
-def critic_job(job: Job) -> Job:
-    """The job of the critic's model: the first reward model's body and score head, else the policy's with a new head."""
-    models = [source.path for source in job.rewards if source.type == "model"]
-    path = _model_folder(models[0]) if models else None
+def refuse_short_context(job: Job, config: Any) -> None:
+    """Raise JobError if prompt and answer may get longer than what the model takes."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context and job.data.max_length > context:
+        raise JobError(
+            f"data.max_length {job.data.max_length} is more than the {context} tokens that {job.model.path} takes.",
+            f"Set it to {context} or less.",
+        )
+
+
+def critic_job(job: Job, tokenizer: Any, node_dir: Path, say: Callable[[str], None]) -> Job:
+    """The job of the critic's model: the first reward model's body and score head, else the policy's with a new head.
+
+    It reads the policy's tokens, so a reward model with another vocabulary, with several heads or that cannot be packed does not do.
+    """
     values = job.model_dump(exclude={"rl", "rollout", "rewards", "dpo", "eval"}, exclude_unset=True)
     values |= {"method": "reward"}
-    if path is not None:
-        values["model"] = {**values["model"], "path": path}
-        values["model"].pop("tokenizer", None)
-        values["model"].pop("chat_template", None)
-    return parse_job(values)
+    models = [source.path for source in job.rewards if source.type == "model"]
+    if not models:
+        return parse_job(values)
+    folder = _model_folder(models[0])
+    reason = "it is an adapter" if folder is None else _unfit(folder, job, tokenizer, node_dir)
+    if reason:
+        say(f"critic: begins as the policy, not as the reward model {models[0]}: {reason}")
+        return parse_job(values)
+    kept = {
+        name: value for name, value in values["model"].items() if name in ("attention", "trust_remote_code")
+    }
+    return parse_job({**values, "model": {**kept, "path": folder}})
+
+
+def _unfit(folder: str, job: Job, tokenizer: Any, node_dir: Path) -> str:
+    """Why a reward model cannot be a critic's beginning, or nothing."""
+    spec = job.model.model_copy(
+        update={"path": folder, "tokenizer": None, "chat_template": None, "gguf_file": None}
+    )
+    files = resolve_model(spec, node_dir)
+    config: Any = load_config(files, spec)
+    if load_tokenizer(files, spec).get_vocab() != tokenizer.get_vocab():
+        return "its vocabulary is another one"
+    if len(config.id2label) != 1:
+        return f"it has {len(config.id2label)} score heads"
+    possible, why = can_pack(config)
+    return "" if possible else why
 
 
 def _model_folder(path: str) -> str | None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayft.data.formats import conversation, json_value, rename
+from rayft.data.comparisons import listed
+from rayft.data.formats import conversation, rename
 from rayft.data.order import Order
 from rayft.data.read import open_tables, read_rows
 from rayft.data.template import ChatTokenizer
@@ -74,19 +75,21 @@ class PromptSet:
         """Rows of all sources."""
         return self._firsts[-1]
 
-    def take(self, position: int, count: int) -> Taken:
-        """The next `count` prompts from `position`. Raises DataError for a row without a prompt, and if none fits."""
+    def take(self, position: int, count: int, end: int | None = None) -> Taken:
+        """The next `count` prompts from `position`, or those before `end`.
+
+        Raises DataError for a row without a prompt, and if none of an epoch fits.
+        """
         prompts: list[Prompt] = []
         too_long: list[int] = []
-        give_up = position + self.order.epoch_rows()
-        while len(prompts) < count:
+        while len(prompts) < count and (end is None or position < end):
             prompt = self.at(position)
             if prompt is None:
                 too_long.append(self._row(position))
             else:
                 prompts.append(prompt)
             position += 1
-            if not prompts and position >= give_up:
+            if not prompts and len(too_long) >= self.order.epoch_rows():
                 raise DataError(
                     f"No prompt of data.train has at most {self.longest} tokens (data.max_length less rollout.max_new_tokens).",
                     "Raise data.max_length, or lower rollout.max_new_tokens.",
@@ -99,7 +102,8 @@ class PromptSet:
         number = bisect_right(self._firsts, row) - 1
         source, table = self._tables[number]
         [(where, values)] = read_rows(table, row - self._firsts[number], 1, self._node_dir)
-        content, ids = self._encode(rename(values, source, where), source, where)
+        row_values = rename(values, source, where)
+        content, ids = self._encode(row_values, source, where)
         if len(ids) > self.longest:
             if self.data.too_long != "drop":
                 raise DataError(
@@ -107,7 +111,7 @@ class PromptSet:
                     "Shorten it, raise data.max_length, or set data.too_long to drop.",
                 )
             return None
-        columns = {name: value for name, value in values.items() if name != "prompt"}
+        columns = {name: value for name, value in row_values.items() if name != "prompt"}
         return Prompt(position, row, tuple(ids), content, columns)
 
     def _row(self, position: int) -> int:
@@ -115,13 +119,18 @@ class PromptSet:
 
     def _encode(self, row: dict[str, Any], source: Source, where: str) -> tuple[Any, Sequence[int]]:
         prompt = row.get("prompt")
-        if isinstance(prompt, str) and prompt.strip() and prompt.lstrip()[:2] not in ("[{", "[ "):
-            return prompt, text_prompt(self.chat.tokenizer, prompt)
-        messages = json_value(prompt, "'prompt'", where)
+        messages = listed("prompt", prompt)
+        if isinstance(messages, str) and messages.strip():
+            return messages, text_prompt(self.chat.tokenizer, messages)
         if not messages:
             raise DataError(
                 f"{where}: the column 'prompt' is missing or empty.",
                 "It is text or a list of messages; rename another with `columns` of the source.",
+            )
+        if clash := {"prompts", "completions"} & row.keys():
+            raise DataError(
+                f"{where}: there is a column {min(clash)!r}, under which reward functions get something else.",
+                "Rename it.",
             )
         made = conversation(messages, row, source, where)
         if made.messages[-1]["role"] == "assistant":

@@ -14,6 +14,12 @@ from rayft.errors import DataError, JobError, RayftError
 from rayft.spec import RewardSource
 
 
+class RewardError(JobError):
+    """What scores answers did not give a number for each. Mending it needs no other job, so a retry is no waste."""
+
+    terminal = False
+
+
 class Scorer(Protocol):
     """Scores answers (text) to prompts (text or messages); columns: the other columns of their rows, a list each."""
 
@@ -58,12 +64,12 @@ class FunctionScorer:
         self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list[Any]]
     ) -> list[float]:
         try:
-            return self._function(prompts=list(prompts), completions=list(answers), **columns)
+            return list(self._function(prompts=list(prompts), completions=list(answers), **columns))
         except RayftError:
             raise
         except Exception as error:
             at = _line_of(error, self._source.path)
-            raise JobError(
+            raise RewardError(
                 f"The reward function {self._source.path} raised {type(error).__name__}: {error}{at}.",
                 "Mend it; it is called with prompts, completions and the other columns of the rows, each a list.",
             ) from error
@@ -98,8 +104,17 @@ class ModelScorer:
         documents = []
         for encoded in self._chat.encode_batch(rows, names):
             if isinstance(encoded, DataError):
-                raise encoded
+                raise RewardError(
+                    f"The reward model {self._name} cannot read an answer: {encoded.message}", encoded.remedy
+                )
             documents.append(encoded[0].ids.tolist())
+        longest = max(map(len, documents))
+        if self._engine.context and longest > self._engine.context:
+            raise RewardError(
+                f"An answer with its prompt has {longest} tokens for the reward model {self._name}, whose context is "
+                f"{self._engine.context}.",
+                "Lower data.max_length, or take another reward model.",
+            )
         return [sum(heads) / len(heads) for heads in self._engine.rate(documents)]
 
 
@@ -109,14 +124,14 @@ def checked(scores: Any, count: int, source: RewardSource) -> list[float]:
     try:
         found = [float(score) for score in scores]
     except (TypeError, ValueError):
-        raise JobError(
+        raise RewardError(
             f"The reward {source.name} gave {type(scores).__name__}, not numbers.", remedy
         ) from None
     if len(found) != count:
-        raise JobError(f"The reward {source.name} gave {len(found)} scores for {count} answers.", remedy)
+        raise RewardError(f"The reward {source.name} gave {len(found)} scores for {count} answers.", remedy)
     for number, score in enumerate(found):
         if not math.isfinite(score):
-            raise JobError(
+            raise RewardError(
                 f"The reward {source.name} gave {score} for answer {number + 1} of {count}.", remedy
             )
     return found
@@ -136,13 +151,13 @@ def load_function(path: str) -> Callable[..., Any]:
         else:
             module = importlib.import_module(where)
     except Exception as error:
-        raise JobError(
+        raise RewardError(
             f"The reward function {path} cannot be loaded: {type(error).__name__}: {error}.",
             "Give `file.py:name` or `module:name` that every node can import.",
         ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        raise JobError(f"{where} has no function {name!r}.", "Name one that it has after the colon.")
+        raise RewardError(f"{where} has no function {name!r}.", "Name one that it has after the colon.")
     return function
 
 

@@ -9,14 +9,13 @@ import numpy as np
 import ray
 from ray.util.placement_group import remove_placement_group
 
-from rayft.errors import JobError
 from rayft.learner.learner import StepResult
 from rayft.rlhf.actors import CriticActor, PolicyActor, ReferenceActor
 from rayft.rlhf.experience import Columns, MiniBatch
-from rayft.rlhf.group import Group, place, reserve
+from rayft.rlhf.group import Call, Group, place, reserve, wait
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.prompts import Prompt
-from rayft.rlhf.rewards import RewardActor
+from rayft.rlhf.rewards import RewardActor, RewardError
 from rayft.rlhf.rollout import Rollout, collect, units_of
 from rayft.train.group import worker_environment
 
@@ -66,34 +65,30 @@ class Roles:
 
     def build(self, epoch: int, resumed_step: int | None) -> None:
         """Have every role load its model, and policy and critic a checkpoint if there is one."""
-        for group in (self.policy, self.critic, self.reference):
-            if group is not None:
-                [address] = group.wait("address", [group.actors[0].address.remote()], self.timeout_s)
-                group.call("join", address, timeout_s=self.timeout_s)
-        loading = [(group, "load", [group.actors[0].load.remote()]) for group in self.rewards.values()]
-        building = [(self.policy, [a.build.remote(epoch, self.recorder) for a in self.policy.actors])]
-        if self.critic:
-            building.append((self.critic, [a.build.remote(epoch) for a in self.critic.actors]))
-        if self.reference:
-            building.append((self.reference, [a.build.remote() for a in self.reference.actors]))
-        for group, refs in building:
-            group.wait("build", refs, self.timeout_s)
-        for group, method, refs in loading:
-            group.wait(method, refs, self.timeout_s)
+        for group in self._models():
+            [[address]] = wait([group.start_first("address")], self.timeout_s)
+            group.call("join", address, timeout_s=self.timeout_s)
+        building = [self.policy.start("build", epoch, self.recorder)]
+        building += [self.critic.start("build", epoch, self.recorder)] if self.critic else []
+        building += [self.reference.start("build")] if self.reference else []
+        wait([*building, *(group.start("load") for group in self.rewards.values())], self.timeout_s)
         if resumed_step is not None:
-            for learner in (self.policy, self.critic):
-                if learner is not None:
-                    learner.call("load", resumed_step, timeout_s=self.timeout_s)
+            wait([group.start("load", resumed_step) for group in self._learners()], self.timeout_s)
+
+    def _models(self) -> list[Group]:
+        return [group for group in (self.policy, self.critic, self.reference) if group is not None]
+
+    def _learners(self) -> list[Group]:
+        return [group for group in (self.policy, self.critic) if group is not None]
 
     # -- the phases of a step ----------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], version: int) -> list[Rollout]:
         """Answers to the prompts, `num_generations` to each, by weights of `version`."""
-        num_generations = self.job.rl.num_generations or 1
+        num_generations, size = self.job.rl.num_generations or 1, len(self.policy)
         units = units_of(prompts, num_generations, self.job.rollout.unit_prompts, self.job.seed)
-        size = len(self.policy)
         dealt = [units[rank::size] for rank in range(size)]
-        answers = self.policy.call_each("generate", dealt, timeout_s=self.timeout_s)
+        [answers] = wait([self.policy.start_each("generate", dealt)], self.timeout_s)
         by_unit = {
             unit.number: drawn
             for own, made in zip(dealt, answers, strict=True)
@@ -109,17 +104,15 @@ class Roles:
         names = sorted({name for rollout in rollouts for name in rollout.prompt.columns})
         columns = {name: [rollout.prompt.columns.get(name) for rollout in rollouts] for name in names}
         asked = {
-            name: [group.actors[0].score.remote(contents, texts, columns)]
-            for name, group in self.rewards.items()
+            name: group.start_first("score", contents, texts, columns) for name, group in self.rewards.items()
         }
         found = {}
         for source in self.job.rewards:
-            late = JobError(
+            late = RewardError(
                 f"The reward {source.name} gave no scores for {len(rollouts)} answers within {source.timeout_s:g} s.",
                 "Make it faster, or raise its timeout_s.",
             )
-            group = self.rewards[source.name]
-            [scores] = group.wait("score", asked[source.name], source.timeout_s, late)
+            [[scores]] = wait([asked[source.name]], source.timeout_s, late)
             found[source.name] = np.array(scores, np.float64)
         total = sum(
             (source.weight * found[source.name] for source in self.job.rewards), np.zeros(len(rollouts))
@@ -130,9 +123,7 @@ class Roles:
         """Give every model the answers of the step."""
         examples = ray.put([rollout.example for rollout in rollouts])
         layout = ray.put(list(mini_batches))
-        for group in (self.policy, self.critic, self.reference):
-            if group is not None:
-                group.call("take", examples, layout, timeout_s=self.timeout_s)
+        wait([group.start("take", examples, layout) for group in self._models()], self.timeout_s)
 
     def old_logprobs(self, count: int) -> list[np.ndarray]:
         """The policy's log-probabilities of the answers' tokens, before the step's updates."""
@@ -182,29 +173,18 @@ class Roles:
 
     def save(self, step: int, state: dict[str, Any]) -> int | None:
         """Start a checkpoint of policy and critic; returns a step that was committed meanwhile."""
-        if self.critic is not None:
-            [*_, steps] = self.critic.call("optimizer_step", timeout_s=self.timeout_s)
-            state = state | {"critic.optimizer_step": steps}
-        [*_, steps] = self.policy.call("optimizer_step", timeout_s=self.timeout_s)
-        state = state | {"optimizer_step": steps}
-        saving = [
-            (group, [actor.save.remote(step, state) for actor in group.actors])
-            for group in (self.policy, self.critic)
-            if group is not None
-        ]
-        committed = [group.wait("save", refs, self.timeout_s) for group, refs in saving]
-        newest: int | None = committed[0][0]
-        return newest
+        for prefix, group in (("", self.policy), ("critic.", self.critic)):
+            if group is not None:
+                [[steps]] = wait([group.start_first("optimizer_step")], self.timeout_s)
+                state = state | {f"{prefix}optimizer_step": steps}
+        return self._newest([group.start("save", step, state) for group in self._learners()])
 
     def finish_saving(self) -> int | None:
         """Wait until what was saved is committed."""
-        waiting = [
-            (group, [actor.finish_saving.remote() for actor in group.actors])
-            for group in (self.policy, self.critic)
-            if group is not None
-        ]
-        committed = [group.wait("finish_saving", refs, self.timeout_s) for group, refs in waiting]
-        newest: int | None = committed[0][0]
+        return self._newest([group.start("finish_saving") for group in self._learners()])
+
+    def _newest(self, calls: Sequence[Call]) -> int | None:
+        newest: int | None = wait(calls, self.timeout_s)[0][0]
         return newest
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import ray
 from rich.console import Console
 
 from rayft.checkpoint import CheckpointReader, Lease
-from rayft.errors import WorkerError
+from rayft.errors import PreemptedError, WorkerError
 from rayft.objectives.kl import KlController
 from rayft.report.lineage import write_lineage
 from rayft.report.progress import Progress
@@ -42,7 +42,7 @@ def _run_under_lease(
     signals: StopSignals,
     end_before: End | None,
 ) -> None:
-    prepared = prepare(job, run_uri, lease.owner)
+    prepared = prepare(job, run_uri, lease.owner, console.print)
     refuse_other_origin(store, job.name, prepared.origin(), end_before)
     write_lineage(store, prepared.origin())
     ray.get(recorder.event.remote("plan", **prepared.memory), timeout=ASK_TIMEOUT_S)
@@ -77,6 +77,11 @@ class Driver:
             try:
                 return self._attempt()
             except RoleDied as error:
+                if self._stop_reason:
+                    raise PreemptedError(
+                        f"The run was asked to stop ({self._stop_reason}), and {error.message}",
+                        "Start it again under the same name to go on from its last checkpoint.",
+                    ) from error
                 failures += 1
                 if failures > self.job.cluster.max_failures:
                     raise WorkerError(

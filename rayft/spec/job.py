@@ -130,6 +130,34 @@ class Job(Group):
             raise ValueError(
                 f"rl.num_mini_batches {self.rl.num_mini_batches} is more than the {answers} answers of a step"
             )
+        rl = self.rl
+        if rl.kl_target is not None and 0.2 * answers >= rl.kl_horizon:
+            raise ValueError(
+                f"rl.kl_horizon {rl.kl_horizon} is too short for steps of {answers} answers: rl.kl_coef could fall to 0 at once"
+            )
+        if rl.overlong_buffer and rl.overlong_buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"rl.overlong_buffer {rl.overlong_buffer} is more than rollout.max_new_tokens {self.rollout.max_new_tokens}"
+            )
+        if self.train.max_steps and rl.critic_warmup_steps >= self.train.max_steps:
+            raise ValueError(
+                f"rl.critic_warmup_steps {rl.critic_warmup_steps} leaves none of the {self.train.max_steps} steps to the policy"
+            )
+        if self.zero.stage == 3:
+            raise ValueError(
+                f"zero.stage 3 is not there yet for method {self.method}: its engine needs whole tensors"
+            )
+        if self.adapter.type == "qlora":
+            raise ValueError(f"adapter.type qlora is not there yet for method {self.method}; use lora")
+        if self.checkpoint.on_failure == "continue":
+            raise ValueError(f"checkpoint.on_failure continue is not there yet for method {self.method}")
+        if self.data.too_long == "truncate":
+            raise ValueError("data.too_long truncate would cut questions; use drop or error")
+        for source in self.data.train:
+            if source.format != "auto":
+                raise ValueError(
+                    f"data.train: format {source.format} is for given answers; rows with `prompt` need none"
+                )
         if self.train.tokens_per_step:
             raise ValueError(
                 "train.tokens_per_step is for rows that are there before; use global_batch_size, prompts of a step"

@@ -134,6 +134,7 @@ RESUMABLE_KEYS = (
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.logits_chunk",
+    "rollout.batch_size",
     "eval.batch_size",
     "eval.suites",
     "eval.before",
@@ -148,7 +149,9 @@ def changed_keys(old: Job, new: Job) -> list[str]:
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(RESUMABLE_KEYS)
+        if before.get(key) != after.get(key)
+        and not key.startswith(RESUMABLE_KEYS)
+        and not key.endswith(".timeout_s")
     ]
 
 

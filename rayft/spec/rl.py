@@ -106,7 +106,7 @@ class Rl(Group):
     clip_dual: PositiveFloat | None = Field(
         None, gt=1, description="Bound of the loss of tokens with negative advantage (arXiv:1912.09729)."
     )
-    importance_cap: PositiveFloat = Field(
+    importance_cap: Annotated[float, Field(ge=1)] = Field(
         2.0, description="Bound of the weight that corrects for the engine's difference from the trainer."
     )
     kl_coef: NonNegativeFloat | None = Field(
@@ -194,6 +194,19 @@ class Rl(Group):
                 )
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("rl.kl_target moves rl.kl_coef, which must not be 0 for that")
+        if self.ratio != "token" and not self.grouped:
+            raise ValueError(
+                f"rl.ratio {self.ratio} is for one advantage an answer; under {self.advantage_estimator} every token has its own"
+            )
+        if self.kl_in == "reward" and self.kl_coef:
+            if self.kl_estimator != "k1":
+                raise ValueError(
+                    f"rl.kl_estimator {self.kl_estimator} in the reward: only k1 gives the divergence's gradient there"
+                )
+            if self.kl_weighted:
+                raise ValueError("rl.kl_weighted is for rl.kl_in loss; rewards are not weighted")
+        if (self.clip_low or 0) >= 1:
+            raise ValueError(f"rl.clip_low {self.clip_low} lets ratios fall to 0 and below; give less than 1")
         fields = type(self).model_fields
         given = {name for name in fields if getattr(self, name) != fields[name].default}
         for name in ("critic_learning_rate", "critic_warmup_steps", "gae_lambda", "value_clip"):
@@ -204,6 +217,13 @@ class Rl(Group):
         if "advantage_scale" in given and self.advantage_estimator != "group":
             raise ValueError(
                 f"rl.advantage_scale is for the advantage estimator group, not {self.advantage_estimator}"
+            )
+        for name, needed in (("kl_horizon", "kl_target"), ("max_refills", "drop_uniform_groups")):
+            if name in given and not getattr(self, needed):
+                raise ValueError(f"rl.{name} does nothing without rl.{needed}")
+        if "gamma" in given and self.grouped:
+            raise ValueError(
+                f"rl.gamma is for rewards of tokens; {self.advantage_estimator} has one an answer"
             )
         if "truncated_penalty" in given and self.truncated != "penalty":
             raise ValueError("rl.truncated_penalty needs rl.truncated penalty")
@@ -219,7 +239,7 @@ class Rollout(Group):
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     unit_prompts: PositiveInt = Field(
-        8, description="Prompts that are generated together, always the same ones, whoever does it."
+        4, description="Prompts that are generated together, always the same ones, whoever does it."
     )
     batch_size: PositiveInt = Field(64, description="Answers that an engine works on at a time.")
 
@@ -245,6 +265,8 @@ class RewardSource(Group):
 
     @model_validator(mode="after")
     def _names_a_function(self) -> RewardSource:
+        if self.weight == 0:
+            raise ValueError("weight 0 does nothing; leave the reward out")
         if self.type == "function" and not all(part.strip() for part in self.path.rpartition(":")):
             raise ValueError(f"path {self.path!r} of a function is `file.py:name` or `module:name`")
         return self

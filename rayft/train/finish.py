@@ -62,10 +62,17 @@ def export_run(run: str, out: str, *, step: int | None = None, merge: bool = Fal
 def proof_prompts(tokenizer: Any, job: Job, count: int = 8) -> list[list[int]]:
     """Token ids of the first rows the job trains on: real prompts to compare a merged model with its parts."""
     from rayft.data.cache import encode_rows, plan_cache
-    from rayft.data.formats import layouts_of
+    from rayft.data.formats import layouts_of, rename
+    from rayft.data.read import open_tables, read_rows
     from rayft.data.template import ChatTokenizer
 
     node_dir = node_cache_dir() / "data"
+    if job.reinforced:
+        source = job.data.train[0]
+        table = open_tables(source, every=count, node_dir=node_dir)[0]
+        read = read_rows(table, 0, min(count, table.rows), node_dir)
+        texts = [json.dumps(rename(row, source, where)["prompt"], ensure_ascii=False) for where, row in read]
+        return [tokenizer(text)["input_ids"][:512] for text in texts]
     spec = plan_cache(
         job.data.train[:1],
         job.data,

@@ -197,7 +197,7 @@ def _absolute_reward(source: RewardSource, absolute: Callable[[str], str | None]
     if source.type == "model":
         return absolute(source.path) or source.path
     file, _, function = source.path.rpartition(":")
-    return f"{absolute(file)}:{function}"
+    return f"{absolute(file)}:{function}" if file.endswith(".py") else source.path
 
 
 def decide_packing(job: Job, config: Any) -> bool:

@@ -57,19 +57,19 @@ def device_of(job: Job) -> str:
 
 def build_learner(plan: RunPlan, files: ModelFiles, pad_id: int) -> Learner[Objective]:
     """Model, adapter and engine of this rank, freshly initialised."""
-    job = plan.job
-    module = build_module(job, files, plan.stage)
-    return Learner(job, module, objective_of(plan, files, pad_id), stage=plan.stage, device=device_of(job))
+    job, device = plan.job, device_of(plan.job)
+    module = build_module(job, files, plan.stage, device)
+    return Learner(job, module, objective_of(plan, files, pad_id), stage=plan.stage, device=device)
 
 
-def build_module(job: Job, files: ModelFiles, stage: int) -> torch.nn.Module:
+def build_module(job: Job, files: ModelFiles, stage: int, device: str) -> torch.nn.Module:
     """The job's model with its adapter, freshly initialised, and the head that its method needs."""
     from rayft.model.fused import install_fused
     from rayft.model.head import install_nll_head
     from rayft.model.score import install_score_head
 
     dtype = compute_dtype(job)
-    model = _base_model(job, files, dtype, stage)
+    model = _base_model(job, files, dtype, stage, device)
     model = add_adapter(model, job.adapter, job.seed, zero_stage=stage)
     if job.adapter.type != "none" and dtype != torch.float32:
         # The engine keeps fp32 master weights; adapters compute in the dtype of their base.
@@ -112,22 +112,20 @@ def switch_dropout_off(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _base_model(job: Job, files: ModelFiles, dtype: torch.dtype, stage: int) -> Any:
+def _base_model(job: Job, files: ModelFiles, dtype: torch.dtype, stage: int, device: str) -> Any:
     from rayft.model.load import build_model, build_quantized
 
     if stage == 3:
         return build_sharded(job, files, dtype=dtype)
     if job.adapter.type == "qlora":
-        return build_quantized(
-            files, job.model, dtype=dtype, attention=job.model.attention, device=device_of(job)
-        )
+        return build_quantized(files, job.model, dtype=dtype, attention=job.model.attention, device=device)
     return build_model(
         files,
         job.model,
         dtype=dtype,
         attention=job.model.attention,
         gradient_checkpointing=job.train.gradient_checkpointing,
-        device=device_of(job),
+        device=device,
     )
 
 

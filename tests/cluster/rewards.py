@@ -21,6 +21,11 @@ def small(prompts, completions, **_):
     """Share of small letters among as many characters as an answer can have."""
     return [sum(c.islower() and c.isascii() for c in text) / 12 for text in completions]
 
+def slow(prompts, completions, **_):
+    """The same, so slowly that a step can be hit."""
+    time.sleep(0.5)
+    return small(prompts, completions)
+
 def raises(completions, **_):
     raise KeyError("no such thing")
 

@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from rayft.report.log import read_log
+from rayft.checkpoint import latest
+from rayft.report.log import read_all, read_log
 from rayft.storage import open_store
 from tests.cluster.rewards import function, prepare_folder, rl_job
 from tests.runs import (
@@ -26,16 +27,22 @@ from tests.runs import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS = 8
+STEPS = 10
 LORA = {"type": "lora", "lora_r": 4, "target_modules": "all-linear"}
 
-#: Name -> method and groups.
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ppo": ("ppo", {"rl": {"kl_target": 1.0, "num_mini_batches": 2, "num_epochs": 2}, "zero": {"stage": 2}}),
+#: Name -> method, groups, and the roles of which a process is killed one after another, each once steps are taken again.
+KINDS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "ppo": (
+        "ppo",
+        {"rl": {"kl_target": 1.0, "num_mini_batches": 2, "num_epochs": 2}, "zero": {"stage": 2}},
+        ["PolicyActor", "CriticActor"],
+    ),
     "grpo_lora": (
         "grpo",
         {"adapter": LORA, "rl": {"num_generations": 4, "kl_target": 1.0}, "zero": {"stage": 2}},
+        ["RewardActor", "PolicyActor"],
     ),
+    "reinforce": ("reinforce++", {"zero": {"stage": 0}}, ["ReferenceActor", "RewardActor", "PolicyActor"]),
 }
 
 
@@ -50,14 +57,14 @@ def processes(run: Started, name: str) -> list[psutil.Process]:
 
 
 def job_file(folder: Path, kind: str, name: str) -> tuple[Path, Path]:
-    method, groups = KINDS[kind]
+    method, groups, _ = KINDS[kind]
     model = {"name": "model", "type": "model", "path": str(folder / "scorer"), "weight": 0.5}
     job = rl_job(
         folder,
         method,
         name=name,
         seed=3,
-        rewards=[function(folder), model],
+        rewards=[function(folder, "slow"), model],
         train={"max_steps": STEPS, "global_batch_size": 8, "learning_rate": 1e-3, "precision": "bf16"},
         checkpoint={"every_steps": 2},
         **groups,
@@ -80,9 +87,19 @@ def facts(uri: Path) -> list[Any]:
     return [{key: value for key, value in row.items() if key not in changing} for row in rows]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def at_work(uri: Path, attempts: int) -> bool:
+    """Whether the newest of so many attempts has taken a step."""
+    rows = read_all(open_store(uri))
+    begun = [row["epoch"] for row in rows if row["kind"] == "event" and row["event"] in ("start", "resume")]
+    steps = [row["epoch"] for row in rows if row["kind"] == "step"]
+    return len(begun) == attempts and bool(steps) and max(steps) == max(begun)
+
+
+@pytest.mark.parametrize(
+    "kind", ["ppo", *(pytest.param(kind, marks=pytest.mark.full) for kind in list(KINDS)[1:])]
+)
 def test_killed_runs_change_nothing(kind: str, tmp_path: Path) -> None:
-    """Everything killed and started again, then one process of the policy and one of each other role in turn."""
+    """Everything killed and started again, then a process of each role, whatever it is at."""
     folder = prepare_folder(tmp_path)
     path, whole = job_file(folder, kind, "whole")
     with rayft("run", str(path), log=folder / "whole.log") as run:
@@ -91,19 +108,26 @@ def test_killed_runs_change_nothing(kind: str, tmp_path: Path) -> None:
     with rayft("run", str(path), log=folder / "killed.log") as run:
         wait_until("step 3", step_reached(open_store(killed), 3), run)
         run.kill_tree()
-    roles = ["PolicyActor", "RewardActor", *(["CriticActor", "ReferenceActor"] if kind == "ppo" else [])]
+    roles = KINDS[kind][2]
     with rayft("run", str(path), log=folder / "killed.log") as run:
-        for number, role in enumerate(roles[:3]):
-            wait_until(
-                f"attempt {number + 1} at work",
-                lambda n=number: (
-                    len(events(open_store(killed), "resume")) > n and processes(run, "PolicyActor")
-                ),
-                run,
-            )
-            alive = wait_until(role, lambda r=role: processes(run, r), run)
-            send(alive[-1], signal.SIGKILL)
+        for number, role in enumerate(roles):
+            wait_until(f"attempt {number + 2} at work", lambda n=number: at_work(killed, n + 2), run)
+            send(processes(run, role)[-1], signal.SIGKILL)
         assert run.wait() == 0, run.output()
+    assert len(events(open_store(killed), "failure")) == len(roles)
+    assert len(events(open_store(killed), "resume")) == len(roles) + 1
     assert_same_state(killed, whole)
     assert facts(killed) == facts(whole)
-    assert len(events(open_store(killed), "failure")) >= 1
+
+
+def test_a_signal_saves_and_ends_with_8(tmp_path: Path) -> None:
+    folder = prepare_folder(tmp_path)
+    path, uri = job_file(folder, "reinforce", "stopped")
+    with rayft("run", str(path), log=folder / "stopped.log") as run:
+        wait_until("step 1", step_reached(open_store(uri), 1), run)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 8, run.output()
+    step = latest(open_store(uri))
+    assert step is not None
+    assert 1 <= step < STEPS
+    assert f"is saved at step {step}" in (folder / "stopped.log").read_text()

@@ -125,7 +125,8 @@ def test_the_ratio_of_a_whole_answer_has_the_same_gradient() -> None:
 def test_off_policy_samples_are_weighted_back() -> None:
     """Answers drawn by another policy (an engine's), old log-probabilities the trainer's own: the importance corrects."""
     policy, engine = Tabular(), Tabular()
-    engine.logits = (engine.logits + 0.3 * torch.randn(7, 2, dtype=torch.float64)).detach()
+    noise = torch.randn(7, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    engine.logits = (engine.logits + 0.3 * noise).detach()
     expected = torch.zeros(7, 2, dtype=torch.float64)
     for answer in ANSWERS:
         old, drawn = policy.logprobs(answer).detach().numpy(), engine.logprobs(answer).numpy()
@@ -252,6 +253,31 @@ def test_losses_whatever_the_micro_batches(ratio: str) -> None:
         assert other == pytest.approx(loss, rel=1e-5)
         assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm()
         assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+def test_what_a_batch_says_is_what_counts() -> None:
+    """The loss of one pack against a sum written out: importance, weights, clipping, the weighted penalty."""
+    register_documents_attention()
+    model = tiny_model("llama", attention=NAME)
+    install_nll_head(model, chunk=7)
+    samples, columns = rollouts()
+    objective = PolicyObjective(clip=Clip(0.1, 0.1), kl_in_loss="k3")
+    batch = token_tensors(samples, columns, packed=True, pad_id=0) | {"kl_coef": torch.tensor([0.3])}
+    with torch.no_grad():
+        logprobs = objective.logprobs(model, batch).tolist()
+        found, metrics = objective.loss(model, batch)
+    expected, penalty = 0.0, 0.0
+    flat = {name: np.concatenate(arrays) for name, arrays in columns.items()}
+    for n, logprob in enumerate(logprobs):
+        ratio = np.exp(logprob - flat["old_logprobs"][n])
+        advantage = flat["advantages"][n]
+        loss = max(-ratio * advantage, -min(max(ratio, 0.9), 1.1) * advantage)
+        d = logprob - flat["reference"][n]
+        kl = (np.exp(-d) - 1 + d) * ratio
+        expected += flat["weights"][n] * (flat["importance"][n] * loss + 0.3 * kl)
+        penalty += flat["weights"][n] * kl
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    assert metrics["kl_loss"] == pytest.approx(penalty, rel=1e-5)
 
 
 def test_values_are_of_the_states_before_the_tokens(tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ def test_every_prompt_comes_once_an_epoch_wherever_steps_end(tmp_path: Path) -> 
     rest = prompts.take(first.next_position, 9)
     assert first.prompts + rest.prompts == straight.prompts
     assert first.too_long + rest.too_long == straight.too_long
+    last = prompts.take(first.next_position, 99, end=20)
+    assert len(first.prompts + last.prompts) == 16
+    assert prompts.take(20, 5, end=20).prompts == []
     one = straight.prompts[0]
     assert one.columns == {"id": one.row}
     assert tiny_tokenizer().decode(list(one.ids)).endswith(f"{one.row}<|im_end|>\n<|im_start|>assistant\n")
@@ -66,6 +69,7 @@ def test_every_prompt_comes_once_an_epoch_wherever_steps_end(tmp_path: Path) -> 
         ({"text": "a"}, "missing or empty"),
         ({"prompt": [{"role": "user"}]}, "line 1"),
         ({"prompt": [*ask("a"), {"role": "assistant", "content": "b"}]}, "ends with a turn of the assistant"),
+        ({"prompt": ask("a"), "completions": ["b"]}, "a column 'completions'"),
         ({"prompt": ask("x" * 100)}, "No prompt of data.train has at most 60 tokens"),
     ],
 )
@@ -84,6 +88,11 @@ def test_prompts_of_plain_text_and_renamed_columns(tmp_path: Path) -> None:
     prompts = prompt_set(tmp_path, [{"question": "one two"}], source={"columns": {"prompt": "question"}})
     [prompt] = prompts.take(0, 1).prompts
     assert tiny_tokenizer().decode(list(prompt.ids)) == "one two"
+    assert prompt.columns == {}
+    [prompt] = prompt_set(tmp_path, [{"prompt": "[ ] one"}]).take(0, 1).prompts
+    assert prompt.content == "[ ] one"
+    [prompt] = prompt_set(tmp_path, [{"prompt": json.dumps(ask("a"), indent=1)}]).take(0, 1).prompts
+    assert prompt.content == ask("a")
 
 
 def prompt(position: int, length: int = 3) -> Prompt:
@@ -190,6 +199,14 @@ def test_a_critic_gives_every_token_its_own_advantage() -> None:
     assert columns["advantages"][0].tolist() == pytest.approx([0.5] * 3)
     assert columns["returns"][0].tolist() == pytest.approx([1.0] * 3)
     assert columns["advantages"][1].tolist() == pytest.approx([-0.5])
+
+
+def test_whitening_counts_what_is_trained_on() -> None:
+    """Without the answer that was cut off, 1 and 3 have mean 2 and deviation sqrt(2)."""
+    made = rollouts([1, 1, 1], [True, True, False], generations=1)
+    job = job_of("reinforce++", rl={"truncated": "mask", "kl_coef": 0.0})
+    columns, _ = experience(made, np.array([1.0, 3.0, 100.0]), [np.zeros(1)] * 3, None, None, job, 0.0)
+    assert [a[0] for a in columns["advantages"][:2]] == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-3)
 
 
 def test_the_engines_difference_is_weighted_and_measured() -> None:
