@@ -1,8 +1,9 @@
 """Reward models on real ratings: rayft against TRL's RewardTrainer, `python -m tests.bench.reward`. One JSON line a data set.
 
 Both sides get the same model (SmolLM2-135M-Instruct with the same new score head), the same rows, the same number of
-steps, the same rows a step, learning rate and precision; each trains in processes of its own, and one evaluation, the
-suite `preference` on the test split, measures both. Labelled rows have no pairs, which TRL needs: it gets each good answer
+steps, the same rows a step, learning rate and precision; each trains in processes of its own. The suite `preference` on
+the test split measures both, each side's scores being those of its own forward on its own tokens: TRL trains the score at the line
+end that the chat template puts after the last turn, rayft at the token that ends the turn. Labelled rows have no pairs, which TRL needs: it gets each good answer
 with a bad one of the same domain, as many answers a step as rayft.
 """
 
@@ -16,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rayft.spec import Suite
 from tests.bench.workload import write_model
 from tests.shared import shared_root
 
@@ -27,10 +30,13 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Data set -> steps, answers' rows a step, max_length.
 DATA = {
     "pref_convarg": (40, 8, 512),
-    "pref_qa_feedback": (20, 8, 1536),
-    "pref_oasst": (25, 8, 1024),
+    "pref_qa_feedback": (20, 8, 1024),
+    "pref_oasst": (25, 8, 768),
     "feedback_taskmaster": (40, 16, 512),
 }
+
+#: TRL's micro-batch: four pairs of pref_qa_feedback need more than 24 GB.
+PAIRS_AT_A_TIME = 2
 
 
 def base_model(folder: Path, seed: int) -> Path:
@@ -164,8 +170,8 @@ def trl(work: dict[str, Any]) -> None:
         model,
         args=RewardConfig(
             output_dir=f"{work['out']}-checkpoints",
-            per_device_train_batch_size=max(1, batch // 2),
-            gradient_accumulation_steps=2,
+            per_device_train_batch_size=PAIRS_AT_A_TIME,
+            gradient_accumulation_steps=batch // PAIRS_AT_A_TIME,
             max_steps=work["steps"],
             max_length=work["max_length"] + 1,
             learning_rate=work["learning_rate"],
@@ -186,16 +192,42 @@ def trl(work: dict[str, Any]) -> None:
     trainer.save_model(work["out"])
 
 
-def accuracy(model: str, name: str, max_length: int) -> dict[str, float]:
-    """The suite `preference` on the test split."""
+class OwnForward:
+    """Scores by transformers' own sequence classifier, of documents with what the chat template puts after them."""
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.model: Any = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text: Any = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        self._tail = self.tokenizer(text.rpartition(self.tokenizer.eos_token)[2])["input_ids"]
+        self.context = None
+
+    def rate(self, documents: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The score of each document."""
+        import torch
+
+        with torch.no_grad():
+            return [self.model(torch.tensor([[*ids, *self._tail]])).logits[0].tolist() for ids in documents]
+
+
+def accuracy(model: str, name: str, *, own_forward: bool) -> dict[str, float]:
+    """The suite `preference` on the test split; own_forward: scores as transformers computes them."""
     from rayft.evals.run import run_suites
     from rayft.generate.scores import ScoreEngine, load_score_model
-    from rayft.spec import Suite
 
-    module, tokenizer = load_score_model(model)
     path = str(shared_root() / "data" / name / "test.jsonl")
     suite = Suite.model_validate({"name": name, "type": "preference", "path": path})
-    found = run_suites([suite], ScoreEngine(module, batch_size=8), tokenizer)[name]
+    engine: Any
+    if own_forward:
+        engine = OwnForward(model)
+        tokenizer = engine.tokenizer
+    else:
+        module, tokenizer = load_score_model(model)
+        engine = ScoreEngine(module, batch_size=8)
+    found = run_suites([suite], engine, tokenizer)[name]
     return {key: round(value, 4) for key, value in found.items() if "/" not in key}
 
 
@@ -217,9 +249,11 @@ def compare(name: str, learning_rate: float, seed: int) -> dict[str, Any]:
             "learning_rate": learning_rate,
             "seed": seed,
         }
-        before = accuracy(str(base), name, max_length)
+        before = accuracy(str(base), name, own_forward=False)
         sides = {"rayft": train_rayft(work, folder), "trl": train_trl(work, folder)}
-        found = {side: accuracy(result["model"], name, max_length) for side, result in sides.items()}
+        found = {
+            side: accuracy(result["model"], name, own_forward=side == "trl") for side, result in sides.items()
+        }
     measure = "auc" if "auc" in before else "accuracy"
     ours, theirs = found["rayft"][measure], found["trl"][measure]
     return {
