@@ -136,7 +136,7 @@ def test_suites_are_measured_before_and_after(folder: Path, local_ray: None) -> 
 @pytest.mark.parametrize(
     ("name", "words", "groups"),
     [
-        ("raises", ["rewards.py:raises raised KeyError", "line 14"], {}),
+        pytest.param("raises", ["rewards.py:raises raised KeyError", "line 14"], {}, marks=pytest.mark.full),
         ("never", ["gave no scores for 24 answers within 3 s"], {"timeout_s": 3}),
         *(
             pytest.param(name, words, {}, marks=pytest.mark.full)

@@ -96,7 +96,7 @@ def at_work(uri: Path, attempts: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "kind", ["ppo", *(pytest.param(kind, marks=pytest.mark.full) for kind in list(KINDS)[1:])]
+    "kind", [pytest.param(kind, marks=[] if kind == "grpo_lora" else pytest.mark.full) for kind in KINDS]
 )
 def test_killed_runs_change_nothing(kind: str, tmp_path: Path) -> None:
     """Everything killed and started again, then a process of each role, whatever it is at."""
