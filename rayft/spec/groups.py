@@ -1,4 +1,4 @@
-"""The groups that every method shares. Each key, its unit and its default stand here (or in `rayft.spec.rl`) and nowhere else.
+"""The groups that every method shares. Each key, its unit and its default stand here (or in `rayft.spec.rl`) only.
 
 Unknown keys are refused with a suggestion (`rayft.spec.load`); what contradicts itself inside one group is
 refused here, what needs the model or the cluster to judge is refused where that is known.

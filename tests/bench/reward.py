@@ -219,7 +219,8 @@ def accuracy(model: str, name: str, *, own_forward: bool) -> dict[str, float]:
     from rayft.generate.scores import ScoreEngine, load_score_model
 
     path = str(shared_root() / "data" / name / "test.jsonl")
-    suite = Suite.model_validate({"name": name, "type": "preference", "path": path})
+    by = {"by": "domain"} if name == "feedback_taskmaster" else {}
+    suite = Suite.model_validate({"name": name, "type": "preference", "path": path, **by})
     engine: Any
     if own_forward:
         engine = OwnForward(model)
@@ -228,7 +229,7 @@ def accuracy(model: str, name: str, *, own_forward: bool) -> dict[str, float]:
         module, tokenizer = load_score_model(model)
         engine = ScoreEngine(module, batch_size=8)
     found = run_suites([suite], engine, tokenizer)[name]
-    return {key: round(value, 4) for key, value in found.items() if "/" not in key}
+    return {key: round(value, 4) for key, value in found.items()}
 
 
 def compare(name: str, learning_rate: float, seed: int) -> dict[str, Any]:
