@@ -28,7 +28,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "rloo": {"zero": {"stage": 0}, "rollout": {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.9}},
     "reinforce++": {"adapter": LORA, "cluster": {"num_workers": 1}},
     "dapo": {"rl": {"num_generations": 4, "overlong_buffer": 4}, "data": {"packing": False}},
-    "dr_grpo": {"rl": {"num_generations": 4, "truncated": "mask"}},
+    "dr_grpo": {"rl": {"num_generations": 4, "truncated": "penalty"}},
     "gspo": {"rl": {"num_generations": 4, "num_mini_batches": 2}},
 }
 SHORT = ("grpo", "ppo")
@@ -63,7 +63,7 @@ def test_a_run_asks_learns_and_exports(method: str, folder: Path, local_ray: Non
     assert first["engine_gap"] < 1e-5
     if job.rl.kl_coef:
         assert first["kl"] == 0.0, "the reference is not what the policy starts as"
-        assert steps[-1]["metrics"]["kl"] > 0
+        assert steps[-1]["metrics"]["kl"] != 0  # an estimate, which may be negative
     if job.rl.num_mini_batches == job.rl.num_epochs == 1:
         assert first["moved"] == 0.0
         assert first["ratio"] == pytest.approx(1.0, abs=1e-7)
