@@ -30,6 +30,8 @@ from tests.tiny import FAMILIES
 STEPS = 8
 #: Norm of the difference over norm: rows' gradients nearly cancel in rankings, whose own fp32 noise is 3e-6.
 GRADIENTS = 5e-6
+#: Other families' own noise is larger: as in `tests/unit/test_model_families.py`.
+FAMILY_GRADIENTS = 1e-5
 NAMES = [name for name in METHODS if name != "sft"]
 ADAPTER = {"type": "lora", "lora_r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
@@ -86,8 +88,15 @@ def _starts(folder: Path, names: list[str], adapter: dict[str, Any]) -> dict[str
     return {name: _start(folder, name, adapter) for name in names}
 
 
-def check(folder: Path, names: list[str], adapter: dict[str, Any], world_size: int, cells: list[Any]) -> None:
-    """Losses to 1e-6 at the first step and 1e-5 over all, gradients to GRADIENTS."""
+def check(
+    folder: Path,
+    names: list[str],
+    adapter: dict[str, Any],
+    world_size: int,
+    cells: list[Any],
+    bound: float = GRADIENTS,
+) -> None:
+    """Losses to 1e-6 at the first step and 1e-5 over all, gradients to `bound`."""
     starts = run_ranks(_starts, 1, folder, names, adapter)[0]
     measured = run_ranks(_losses, world_size, folder, names, adapter, starts, cells, timeout_s=600)[0]
     for name in names:
@@ -98,9 +107,12 @@ def check(folder: Path, names: list[str], adapter: dict[str, Any], world_size: i
             assert losses[0] == pytest.approx(expected[0], rel=1e-6), cell
             np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=str(cell))
             assert gradients.keys() == expected_gradients.keys()
+            # What moves all scores alike has no gradient in a ranking, and only fp32's noise to compare.
+            largest = max(gradient.norm().item() for gradient in expected_gradients.values())
+            noise = 4 * torch.finfo(torch.float32).eps * largest
             for parameter, gradient in expected_gradients.items():
                 difference = torch.from_numpy(gradients[parameter]).view_as(gradient) - gradient
-                assert difference.norm() <= GRADIENTS * gradient.norm(), (cell, parameter)
+                assert difference.norm() <= bound * gradient.norm() + noise, (cell, parameter)
         assert abs(expected[-1] - expected[0]) > 1e-3, "nothing was learned, so nothing was compared"
 
 
@@ -131,7 +143,7 @@ def test_however_the_step_is_split(folder: Path, name: str, world_size: int) -> 
 def test_every_family(family: str, tmp_path: Path) -> None:
     """One method of each way through the model: scores, answers' log-probabilities, those of mismatched answers."""
     folder = prepare_folder(tmp_path, family)
-    check(folder, ["reward_ranked", "dpo", "kto"], {}, 1, [(0, 4, True)])
+    check(folder, ["reward_ranked", "dpo", "kto"], {}, 1, [(0, 4, True)], FAMILY_GRADIENTS)
 
 
 def _known(folder: Path, name: str, steps: list[int]) -> list[bool]:
