@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from collections import Counter
@@ -133,6 +134,26 @@ class Learner(Generic[Method]):
             for kind in ("param", *MOMENTS):
                 yield Fragment(shard.name, kind, shard.shape, *_as_array(shard.get(kind), shard.offset))
 
+    @torch.no_grad()
+    def weights(self, *, bucket_bytes: int, trained: bool = True) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """The working weights, whole, in buckets of about so many bytes; a collective under ZeRO-3.
+
+        trained: only those that are trained; what is frozen is where the base model came from. The tensors are live, and under
+        ZeRO-3 they are gone when the next bucket is asked for.
+        """
+        module = self.module
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad or not trained]
+        for bucket in in_buckets(named, bucket_bytes):
+            with self._gathered([p for _, p in bucket]):
+                yield [(name, p.data) for name, p in bucket]
+
+    def _gathered(self, parameters: list[nn.Parameter]) -> Any:
+        if self.stage < 3:
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters)
+
     def optimizer_step(self) -> int:
         """Updates applied so far; part of the checkpoint, since Adam's bias correction depends on it."""
         return self.layout.optimizer_step()
@@ -169,6 +190,23 @@ class Learner(Generic[Method]):
 
     def _to_device(self, batch: Batch) -> Batch:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+
+def in_buckets(
+    named: Iterable[tuple[str, nn.Parameter]], bucket_bytes: int
+) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """The parameters in their order, a new bucket wherever one would hold more than `bucket_bytes` of several."""
+    bucket: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in named:
+        own = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        if bucket and size + own > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, parameter))
+        size += own
+    if bucket:
+        yield bucket
 
 
 def _as_array(tensor: torch.Tensor, offset: int) -> tuple[str, int, np.ndarray]:

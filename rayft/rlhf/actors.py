@@ -15,16 +15,17 @@ import torch.distributed as dist
 
 from rayft.checkpoint import CheckpointReader, CheckpointWriter, Fragment
 from rayft.data.template import Sample
-from rayft.generate.engine import Drawn
 from rayft.generate.hf import TransformersEngine
-from rayft.generate.prompts import answer_text
 from rayft.learner.learner import Learner, StepResult
 from rayft.model.files import job_files, load_tokenizer
 from rayft.objectives.policy import Clip, PolicyObjective, token_tensors
 from rayft.objectives.value import ValueObjective
+from rayft.rlhf.engines import Answers, GatheredModel, draw_unit
 from rayft.rlhf.experience import Columns, MiniBatch
+from rayft.rlhf.placement import Spot
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.rollout import Unit
+from rayft.rlhf.weights import Shipped, ship
 from rayft.spec import Job
 from rayft.storage import node_cache_dir, open_store
 from rayft.train import setup
@@ -38,13 +39,17 @@ COLLECTIVE_TIMEOUT_S = 3600.0
 class ModelActor:
     """One rank of a role that holds a model."""
 
-    def __init__(self, plan: RlPlan, rank: int, world_size: int) -> None:
+    def __init__(self, spot: Spot, plan: RlPlan, rank: int, world_size: int) -> None:
         self.plan, self.rank, self.world_size = plan, rank, world_size
         self.job: Job = plan.job
-        self.device = "cuda" if self.job.cluster.gpus_per_worker else "cpu"
-        torch.set_num_threads(self.job.cluster.threads)
+        self.device = spot.device
+        torch.set_num_threads(spot.threads)
         self._examples: list[Sample] = []
         self._mini_batches: list[MiniBatch] = []
+
+    def where(self) -> tuple[str, list[int]]:
+        """Address of the node, and the GPUs that Ray gave this process."""
+        return ray.util.get_node_ip_address(), [int(gpu) for gpu in ray.get_gpu_ids()]
 
     def address(self) -> str:
         """Where the ranks of this role meet; asked of the first."""
@@ -52,13 +57,14 @@ class ModelActor:
             free.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
-    def join(self, address: str) -> None:
-        """Meet the other ranks."""
+    def join(self, rank: int, world_size: int, address: str) -> None:
+        """Be this rank, and meet the others."""
+        self.rank, self.world_size = rank, world_size
         os.environ["LOCAL_RANK"] = (
             "0"  # what DeepSpeed wants to know; Ray shows each process its own GPU only
         )
         dist.init_process_group(
-            "nccl" if self.job.cluster.gpus_per_worker else "gloo",
+            "nccl" if self.device == "cuda" else "gloo",
             init_method=address,
             rank=self.rank,
             world_size=self.world_size,
@@ -171,25 +177,27 @@ class PolicyActor(LearnerActor):
         )
         module = setup.build_module(self.job, files, self.plan.stage, self.device)
         self.learner = Learner(self.job, module, objective, stage=self.plan.stage, device=self.device)
-        self.engine = TransformersEngine(
-            self.learner.module, self.tokenizer, batch_size=self.job.rollout.batch_size
-        )
+        self._gathered: GatheredModel | None = None
+        if self.plan.stage == 3 and not self.job.rollout.engines:
+            self._gathered = GatheredModel(self.job, self.learner, self.device)
+        inside = self._gathered.module if self._gathered else self.learner.module
+        self.engine = TransformersEngine(inside, self.tokenizer, batch_size=self.job.rollout.batch_size)
         self._open_writer(self.rank, self.plan.savers, epoch, recorder)
 
-    def generate(self, units: Sequence[Unit]) -> list[list[tuple[Drawn, str]]]:
-        """Answers of each unit, with their text."""
-        rollout = self.job.rollout
-        made = []
-        for unit in units:
-            drawn = self.engine.draw(
-                unit.prompts,
-                unit.seeds,
-                max_new_tokens=rollout.max_new_tokens,
-                temperature=rollout.temperature,
-                top_p=rollout.top_p,
-            )
-            made.append([(answer, answer_text(self.tokenizer, answer.ids)) for answer in drawn])
-        return made
+    def generate(self, units: Sequence[Unit]) -> list[Answers]:
+        """Answers of each unit."""
+        if self._gathered is not None:
+            self._gathered.gather()
+        try:
+            return [draw_unit(self.engine, self.tokenizer, unit, self.job.rollout) for unit in units]
+        finally:
+            if self._gathered is not None:
+                self._gathered.free()
+
+    def ship(self) -> Shipped:
+        """Put this rank's share of the trained weights where engines can take them from."""
+        buckets = self.learner.weights(bucket_bytes=self.job.rollout.bucket_bytes)
+        return ship(buckets, self.rank, self.world_size)
 
     def logprobs(self, *, reference: bool = False) -> dict[int, np.ndarray]:
         """log p of the tokens of this rank's answers; of the reference by switching the adapter off."""

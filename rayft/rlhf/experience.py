@@ -135,6 +135,7 @@ def experience(
         "length": float(np.mean(lengths)),
         "truncated": float(np.mean([not rollout.ended for rollout in rollouts])),
         "engine_gap": float(gaps.mean()),
+        "engine_gap_max": float(gaps.max()),
     }
     if rl.grouped:
         metrics["uniform_groups"] = float(np.mean(uniform_groups(scores_S, job)))

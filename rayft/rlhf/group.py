@@ -1,52 +1,90 @@
-"""Groups of actors: how they are placed, called and waited for."""
+"""Groups of actors: how they are called, waited for, and started again where nothing is lost with them."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayft.errors import RayftError, ResourceError, WorkerError
-from rayft.spec import Cluster
-from rayft.train.cluster import worker_resources
+from rayft.errors import RayftError, WorkerError
 from rayft.train.failures import as_rayft_error, worker_failure
 
 
 class RoleDied(WorkerError):
-    """A process of a role is gone; what it held is rebuilt from the last checkpoint."""
+    """A process of a role is gone, and what it held is rebuilt from the last checkpoint."""
+
+    def __init__(self, role: str, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.role = role
 
 
 class Group:
-    """The processes of one role, rank by rank."""
+    """The processes of one role, rank by rank.
 
-    def __init__(self, role: str, actors: Sequence[Any]) -> None:
-        self.role, self.actors = role, list(actors)
+    make: starts the process of a rank. restarts: how often processes of a role that holds nothing of its own are started again
+    in the middle of a step; every other death raises RoleDied. tell: told what a restart was for and what it cost.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        make: Callable[[int], Any],
+        size: int,
+        *,
+        restarts: int = 0,
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        self.role, self._make, self._restarts, self._tell = role, make, restarts, tell
+        self._kept: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.actors: list[Any] = [make(rank) for rank in range(size)]
 
     def __len__(self) -> int:
         return len(self.actors)
 
+    def keep(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Make this call (the last one of each method, in the order of the first) on processes that start again."""
+        self._kept[method] = (args, kwargs)
+
+    def forget(self, method: str) -> None:
+        """Keep no call of `method`."""
+        self._kept.pop(method, None)
+
     def start(self, method: str, *args: Any, **kwargs: Any) -> Call:
         """Call `method` on every rank, with the same arguments."""
-        return Call(self.role, method, [getattr(a, method).remote(*args, **kwargs) for a in self.actors])
+        return Call([Task(self, rank, method, args, kwargs) for rank in range(len(self))])
 
     def start_each(self, method: str, arguments: Sequence[Any]) -> Call:
         """Call `method` on every rank, with an argument of its own for each."""
-        refs = [getattr(a, method).remote(one) for a, one in zip(self.actors, arguments, strict=True)]
-        return Call(self.role, method, refs)
+        assert len(arguments) == len(self)
+        return Call([Task(self, rank, method, (one,), {}) for rank, one in enumerate(arguments)])
 
-    def start_first(self, method: str, *args: Any) -> Call:
-        """Call `method` on the first rank alone."""
-        return Call(self.role, method, [getattr(self.actors[0], method).remote(*args)])
+    def start_one(self, rank: int, method: str, *args: Any) -> Call:
+        """Call `method` on one rank alone."""
+        return Call([Task(self, rank, method, args, {})])
 
     def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> list[Any]:
         """What every rank's `method` returns; raises as `wait` does."""
         return wait([self.start(method, *args, **kwargs)], timeout_s)[0]
+
+    def set_up(self, method: str, *args: Any, **kwargs: Any) -> Call:
+        """`keep` and `start`."""
+        self.keep(method, *args, **kwargs)
+        return self.start(method, *args, **kwargs)
+
+    def revive(self, rank: int, why: RoleDied, timeout_s: float) -> None:
+        """Start the process of a rank again and bring it to where it was. Raises `why` where that cannot be."""
+        if self._restarts == 0:
+            raise why
+        self._restarts -= 1
+        began = time.monotonic()
+        ray.kill(self.actors[rank])
+        self.actors[rank] = self._make(rank)
+        for method, (args, kwargs) in list(self._kept.items()):
+            wait([Call([Task(self, rank, method, args, kwargs)])], timeout_s)
+        self._tell(f"{why.message} It was started again within {time.monotonic() - began:.1f} s.")
 
     def kill(self) -> None:
         """End the processes."""
@@ -54,86 +92,87 @@ class Group:
             ray.kill(actor)
 
 
-@dataclass(frozen=True)
+@dataclass
+class Task:
+    """A method that one rank is at work on; it can be asked for again."""
+
+    group: Group
+    rank: int
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    ref: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ask()
+
+    def ask(self) -> None:
+        """Ask the process that is this rank now."""
+        self.ref = getattr(self.group.actors[self.rank], self.method).remote(*self.args, **self.kwargs)
+
+
+@dataclass
 class Call:
     """A method that ranks of a role are at work on."""
 
-    role: str
-    method: str
-    refs: list[Any]
+    tasks: list[Task]
 
 
 def wait(calls: Sequence[Call], timeout_s: float, late: RayftError | None = None) -> list[list[Any]]:
-    """The results of each call, rank by rank.
-
-    Raises the RayftError that ended one, RoleDied for a process that died or was still silent after `timeout_s` (then `late` if
-    that is given), and MemoryExceededError where one had no memory. Whichever fails first counts: one that is gone leaves others
-    waiting in a collective.
-    """
-    of = {ref: call for call in calls for ref in call.refs}
-    left, deadline = list(of), time.monotonic() + timeout_s
+    """The results of each call, rank by rank; raises as `first_done` does."""
+    left = [task for call in calls for task in call.tasks]
+    results: dict[int, Any] = {}
     while left:
-        ready, left = ray.wait(left, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            call = of[left[0]]
-            raise late or RoleDied(
-                f"The role {call.role} gave no answer to `{call.method}` for {timeout_s:.0f} s.",
+        task, result = first_done(left, timeout_s, late)
+        left.remove(task)
+        results[id(task)] = result
+    return [[results[id(task)] for task in call.tasks] for call in calls]
+
+
+def first_done(tasks: Sequence[Task], timeout_s: float, late: RayftError | None = None) -> tuple[Task, Any]:
+    """The first of the tasks that is done, and its result.
+
+    A process that died, or that was silent for `timeout_s`, is started again and asked again where its role can; else RoleDied is
+    raised (`late`, if given, for silence). Raises the RayftError that ended a task, and MemoryExceededError where one had no
+    memory. Whichever fails first counts: one that is gone leaves others waiting in a collective.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        by_ref = {task.ref: task for task in tasks}
+        ready, silent = ray.wait(list(by_ref), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if ready:
+            task = by_ref[ready[0]]
+            try:
+                return task, ray.get(task.ref, timeout=60)
+            except ray.exceptions.RayError as error:
+                why = _death(task, error)
+        else:
+            task = by_ref[silent[0]]
+            if late is not None:
+                raise late
+            why = RoleDied(
+                task.group.role,
+                f"The role {task.group.role} gave no answer to `{task.method}` for {timeout_s:.0f} s.",
                 "Raise cluster.hang_timeout_s if it was only slow.",
             )
-        _refuse_failed(of[ready[0]], ready[0])
-    return [[ray.get(ref, timeout=60) for ref in call.refs] for call in calls]
+        task.group.revive(task.rank, why, timeout_s)
+        task.ask()
+        deadline = time.monotonic() + timeout_s
 
 
-def _refuse_failed(call: Call, ref: Any) -> None:
-    try:
-        ray.get(ref, timeout=60)
-    except ray.exceptions.RayTaskError as error:
+def _death(task: Task, error: BaseException) -> RoleDied:
+    """RoleDied for a process that is gone. Raises the error that a task ended the run with, and RoleDied for one that failed: the
+    same process again would fail again."""
+    role, method = task.group.role, task.method
+    if isinstance(error, ray.exceptions.RayTaskError):
         # One that lost its neighbour in a collective says so before Ray knows that the neighbour is gone.
         ending = worker_failure(error)
         if ending is not None:
             raise ending from error
-        raise RoleDied(f"The role {call.role} failed in `{call.method}`: {_reason(error)}.") from error
-    except ray.exceptions.RayError as error:
-        if "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__:
-            raise as_rayft_error(error, 0) from error
-        raise RoleDied(
-            f"A process of the role {call.role} died in `{call.method}`: {_reason(error)}."
-        ) from error
-
-
-def reserve(cluster: Cluster, timeout_s: float, say: Any) -> PlacementGroup:
-    """A bundle for each rank of the policy; the other roles live beside them. Raises ResourceError after the time-out."""
-    need = worker_resources(cluster)
-    reserved = placement_group([need] * cluster.max_workers, strategy="PACK")
-    waited = 0.0
-    while not reserved.wait(timeout_seconds=5):
-        waited += 5
-        if waited >= timeout_s:
-            remove_placement_group(reserved)
-            raise ResourceError(
-                f"The cluster had no room for {cluster.max_workers} bundles of {need} within {timeout_s:.0f} s.",
-                "Free resources, ask for fewer, or raise cluster.start_timeout_s.",
-            )
-        say(f"waiting for {cluster.max_workers} bundles of {need}; free: {ray.available_resources()}")
-    return reserved
-
-
-def place(
-    actor: Any, reserved: PlacementGroup, bundle: int, environment: dict[str, str], gpus: float, *args: Any
-) -> Any:
-    """Start an actor in a bundle of the policy's."""
-    there = PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=bundle)
-    return (
-        ray.remote(actor)
-        .options(
-            num_cpus=0,
-            num_gpus=math.floor(gpus * 10_000) / 10_000,  # Ray counts in ten-thousandths, and rounds up
-            scheduling_strategy=there,
-            runtime_env={"env_vars": environment},
-            max_restarts=0,
-        )
-        .remote(*args)
-    )
+        raise RoleDied(role, f"The role {role} failed in `{method}`: {_reason(error)}.") from error
+    if "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__:
+        raise as_rayft_error(error, 0) from error
+    return RoleDied(role, f"A process of the role {role} died in `{method}`: {_reason(error)}.")
 
 
 def _reason(error: BaseException) -> str:

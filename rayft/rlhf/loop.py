@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from rayft.errors import PreemptedError
 from rayft.learner.learner import StepResult
 from rayft.learner.schedule import learning_rate
 from rayft.objectives.kl import KlController
+from rayft.rlhf.ahead import Ahead, keep_ahead, kept_ahead
 from rayft.rlhf.experience import (
     Columns,
     MiniBatch,
@@ -28,19 +29,23 @@ from rayft.rlhf.kept import keep_rollouts
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.prompts import PromptSet
 from rayft.rlhf.roles import Roles
-from rayft.rlhf.rollout import Rollout
+from rayft.rlhf.step import Step
 from rayft.storage import Store
 from rayft.train.failures import diverged
 
 
 @dataclass
 class State:
-    """What a run knows between two steps, beside models and optimizers; part of every checkpoint."""
+    """What a run knows between two steps, beside models and optimizers; part of every checkpoint.
+
+    ahead: where the answers lie that were drawn for the next step already.
+    """
 
     kl: KlController
     step: int = 0
     position: int = 0
     tokens: int = 0
+    ahead: str = ""
 
     def dump(self) -> dict[str, Any]:
         """JSON state for a checkpoint."""
@@ -50,25 +55,7 @@ class State:
         """Take in what `dump` gave."""
         self.step, self.position, self.tokens = step, state["position"], state["tokens"]
         self.kl.coef = state["kl_coef"]
-
-
-@dataclass
-class Step:
-    """The answers of a step. ledger: what became of each prompt that was drawn."""
-
-    rollouts: list[Rollout]
-    scores_S: np.ndarray
-    by_source: dict[str, np.ndarray]
-    next_position: int
-    ledger: dict[str, list[int]]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time inside to a phase."""
-        began = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+        self.ahead = state.get("ahead", "")
 
 
 class Loop:
@@ -88,15 +75,22 @@ class Loop:
         self.plan, self.job, self.rl = plan, plan.job, plan.job.rl
         self.prompts, self.roles, self.state = prompts, roles, state
         self.recorder, self.store, self._between = recorder, store, between
+        self._ahead = Ahead() if self.job.rollout.lag else None
+        if self._ahead and state.ahead:
+            self._ahead.have(kept_ahead(store, state.ahead, prompts))
 
     def train(self) -> None:
         """The run."""
+        with self._ahead or contextlib.nullcontext():
+            self._train()
+
+    def _train(self) -> None:
         job, rl, roles, state = self.job, self.rl, self.roles, self.state
         if state.step == 0 and job.eval.before:
             roles.suites("before", 0)
         while state.step < self.plan.total_steps:
             began = time.perf_counter()
-            step = self._answers()
+            step = self._next()
             if not step.rollouts:
                 break  # what is left of the epoch was dropped
             rollouts, count = step.rollouts, len(step.rollouts)
@@ -139,10 +133,34 @@ class Loop:
 
     # -- the parts of the loop ---------------------------------------------------------------------------------
 
-    def _answers(self) -> Step:
+    def _next(self) -> Step:
+        """The answers of the step, by the newest weights; or, one behind, those drawn while the last step trained, and the next
+        step's are begun."""
+        began = time.perf_counter()
+        drawn = self._ahead.take() if self._ahead and self._ahead.begun else None
+        waited = time.perf_counter() - began
+        sync = self._sync()
+        step = drawn or self._answers(self.state.position)
+        if self._ahead and self.state.step + 1 < self.plan.total_steps:
+            self._ahead.begin(self._answers, step.next_position)
+        if drawn:
+            step.seconds["waiting"] = waited
+        step.sync |= sync
+        wanted = max(0, self.state.step - self.job.rollout.lag)
+        assert all(rollout.version == wanted for rollout in step.rollouts), (
+            f"answers are not of version {wanted}"
+        )
+        return step
+
+    def _sync(self) -> dict[str, float]:
+        began = time.perf_counter()
+        took = self.roles.sync(self.state.step)
+        return took | {"seconds": time.perf_counter() - began} if took else {}
+
+    def _answers(self, position: int) -> Step:
         """Prompts, answers and scores of a step; with others in the place of prompts that teach nothing, if so asked."""
-        wanted, state = self.job.train.global_batch_size or 1, self.state
-        step = Step([], np.empty(0), {}, state.position, {"trained": [], "too_long": [], "uniform": []})
+        wanted = self.job.train.global_batch_size or 1
+        step = Step([], np.empty(0), {}, position, {"trained": [], "too_long": [], "uniform": []})
         for refill in range(1 + self.rl.max_refills):
             missing = wanted - len(step.ledger["trained"])
             taken = self.prompts.take(step.next_position, missing, self.plan.end)
@@ -151,7 +169,7 @@ class Loop:
             if not taken.prompts:
                 break
             with step.timed("generation"):
-                rollouts = self.roles.generate(taken.prompts, state.step)
+                rollouts = self.roles.generate(taken.prompts)
             with step.timed("reward"):
                 scores_S, by_source = self.roles.score(rollouts)
             scores_S = score_with_rules(rollouts, scores_S, self.job)
@@ -220,6 +238,7 @@ class Loop:
             "trained_tokens_per_s": answered / seconds,
             "padding": 0.0,
             "seconds": {name: round(value, 4) for name, value in step.seconds.items()},
+            "sync": {name: round(value, 6) for name, value in step.sync.items()},
             "peak_memory_gb": self.roles.peak_memory_gb(),
             "metrics": metrics,
         }
@@ -229,7 +248,10 @@ class Loop:
     def _save(self) -> None:
         """The rows up to this step are made durable first: whoever resumes from the checkpoint has the log before it."""
         ray.get(self.recorder.flush.remote(), timeout=self.roles.timeout_s)
-        self._tell_commit(self.roles.save(self.state.step, self.state.dump()))
+        state = self.state.dump()
+        if self._ahead and self._ahead.begun:
+            state["ahead"] = keep_ahead(self.store, self.state.step, self._ahead.look())
+        self._tell_commit(self.roles.save(self.state.step, state))
 
     def _finish_saving(self) -> None:
         self._tell_commit(self.roles.finish_saving())

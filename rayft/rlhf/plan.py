@@ -76,11 +76,6 @@ def prepare(job: Job, run_uri: str, owner: dict[str, Any], say: Callable[[str], 
     files = job_files(job, node_dir)
     packed = decide_packing(job, load_config(files, job.model))
     stage, memory = decide_stage(job, files)
-    if stage == 3:
-        raise JobError(
-            f"The model needs zero.stage 3, which is not there yet for method {job.method}: its engine needs whole tensors.",
-            "Use LoRA, more memory or a smaller model.",
-        )
     tokenizer = load_tokenizer(files, job.model)
     prompts = PromptSet(
         job.data,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayft.errors import DataError, JobError, RayftError
+from rayft.rlhf.placement import Spot
 from rayft.spec import RewardSource
 
 
@@ -31,10 +32,10 @@ class Scorer(Protocol):
 class RewardActor:
     """The process of one reward source."""
 
-    def __init__(self, source: RewardSource, threads: int) -> None:
+    def __init__(self, spot: Spot, source: RewardSource, rank: int = 0, size: int = 1) -> None:
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(spot.threads)
         self._source = source
         self._scorer: Scorer | None = None
 

@@ -11,12 +11,15 @@ from ray.util.placement_group import remove_placement_group
 
 from rayft.learner.learner import StepResult
 from rayft.rlhf.actors import CriticActor, PolicyActor, ReferenceActor
+from rayft.rlhf.engines import Answers, EngineActor
 from rayft.rlhf.experience import Columns, MiniBatch
-from rayft.rlhf.group import Call, Group, place, reserve, wait
+from rayft.rlhf.group import Call, Group, wait
+from rayft.rlhf.placement import await_room, in_physical_order, place, reserve, table_of
 from rayft.rlhf.plan import RlPlan
+from rayft.rlhf.pool import EnginePool
 from rayft.rlhf.prompts import Prompt
 from rayft.rlhf.rewards import RewardActor, RewardError
-from rayft.rlhf.rollout import Rollout, collect, units_of
+from rayft.rlhf.rollout import Rollout, Unit, collect, units_of
 from rayft.train.group import worker_environment
 
 #: Loading a model, generating and measuring may take long without being stuck.
@@ -24,78 +27,122 @@ SLOW_S = 1800.0
 
 
 class Roles:
-    """Policy, critic, reference and rewards of a run, on a cluster."""
+    """Policy, critic, reference, rewards and engines of a run, on a cluster.
+
+    What trains is built anew from a checkpoint whenever one of its processes dies; the others hold nothing of their own, and
+    are started again one by one, in the middle of a step.
+    """
 
     def __init__(self, plan: RlPlan, recorder: Any, say: Callable[[str], None]) -> None:
         self.plan, self.job, self.recorder = plan, plan.job, recorder
         self.timeout_s = max(SLOW_S, self.job.cluster.hang_timeout_s)
-        self._reserved = reserve(self.job.cluster, self.job.cluster.start_timeout_s, say)
-        self._groups: list[Group] = []
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-
-    def _start(self) -> None:
-        roles = 1 + (self.plan.critic is not None) + (self.plan.reference == "group") + len(self.job.rewards)
-        share = self.job.cluster.gpus_per_worker / roles
-        size = self.job.cluster.max_workers
-        environment = worker_environment(self.job, self.plan.stage)
-
-        def models(role: str, actor: Any) -> Group:
-            made = [
-                place(actor, self._reserved, rank, environment, share, self.plan, rank, size)
-                for rank in range(size)
-            ]
-            self._groups.append(Group(role, made))
-            return self._groups[-1]
-
-        self.policy = models("policy", PolicyActor)
-        self.critic = models("critic", CriticActor) if self.plan.critic else None
-        self.reference = models("reference", ReferenceActor) if self.plan.reference == "group" else None
+        self._say, self._version = say, 0
+        self._environment = worker_environment(self.job, plan.stage)
+        self._table = table_of(self.job, critic=plan.critic is not None, reference=plan.reference == "group")
+        self._spots = self._table.spots
+        self._reserved = reserve(self._table, self.job.cluster.start_timeout_s, say)
+        self._learners: list[Group] = []
+        self._others: list[Group] = []
+        self.reference: Group | None = None
+        self.critic: Group | None = None
+        self.engines: EnginePool | None = None
         self.rewards: dict[str, Group] = {}
-        for number, source in enumerate(self.job.rewards):
-            bundle = number % size
-            actor = place(
-                RewardActor, self._reserved, bundle, environment, share, source, self.job.cluster.threads
-            )
-            self.rewards[source.name] = Group(f"reward {source.name}", [actor])
-            self._groups.append(self.rewards[source.name])
 
-    def build(self, epoch: int, resumed_step: int | None) -> None:
-        """Have every role load its model, and policy and critic a checkpoint if there is one."""
-        for group in self._models():
-            [[address]] = wait([group.start_first("address")], self.timeout_s)
-            group.call("join", address, timeout_s=self.timeout_s)
-        building = [self.policy.start("build", epoch, self.recorder)]
-        building += [self.critic.start("build", epoch, self.recorder)] if self.critic else []
-        building += [self.reference.start("build")] if self.reference else []
-        wait([*building, *(group.start("load") for group in self.rewards.values())], self.timeout_s)
+    def begin(self, epoch: int, resumed_step: int | None, lost: str = "") -> None:
+        """Start and build what trains, and have it take in a checkpoint if there is one; the others, too, where they are not there
+        or the role was `lost`."""
+        for group in [*self._learners, *(group for group in self._others if group.role == lost)]:
+            group.kill()
+        self._others = [group for group in self._others if group.role != lost]
+        await_room(self._reserved, self._table, self.job.cluster.start_timeout_s, self._say)
+        self._learners = []
+        self.policy = self._learner("policy", PolicyActor)
+        self.critic = self._learner("critic", CriticActor) if self.plan.critic else None
+        building = [group.start("build", epoch, self.recorder) for group in self._learners]
+        wait([*building, *self._start_others()], self.timeout_s)
         if resumed_step is not None:
-            wait([group.start("load", resumed_step) for group in self._learners()], self.timeout_s)
+            wait([group.start("load", resumed_step) for group in self._learners], self.timeout_s)
+        if self.engines is not None:
+            self.engines.forget()
+
+    def _learner(self, role: str, actor: Any) -> Group:
+        group = Group(role, self._maker(role, actor, self.plan), len(self._spots[role]))
+        self._learners.append(group)
+        order = in_physical_order(group.call("where", timeout_s=self.timeout_s))
+        group.actors = [group.actors[index] for index in order]
+        [[address]] = wait([group.start_one(0, "address")], self.timeout_s)
+        joining = [group.start_one(rank, "join", rank, len(group), address) for rank in range(len(group))]
+        wait(joining, self.timeout_s)
+        return group
+
+    def _start_others(self) -> list[Call]:
+        """Start those roles that hold nothing of their own and are not there; returns what they are at work on."""
+        there = {group.role for group in self._others}
+        calls: list[Call] = []
+
+        def stateless(role: str, actor: Any, method: str, *args: Any) -> Group:
+            restarts = self.job.cluster.max_failures
+            group = Group(
+                role,
+                self._maker(role, actor, *args),
+                len(self._spots[role]),
+                restarts=restarts,
+                tell=self._tell_recovery,
+            )
+            self._others.append(group)
+            calls.append(group.set_up(method))
+            return group
+
+        if self.plan.reference == "group" and "reference" not in there:
+            self.reference = stateless("reference", ReferenceActor, "build", self.plan)
+        for source in self.job.rewards:
+            if (role := f"reward {source.name}") not in there:
+                self.rewards[source.name] = stateless(role, RewardActor, "load", source)
+        if self.job.rollout.engines and "rollout" not in there:
+            self.engines = EnginePool(stateless("rollout", EngineActor, "build", self.plan), self.timeout_s)
+        return calls
+
+    def _maker(self, role: str, actor: Any, *args: Any) -> Callable[[int], Any]:
+        spots = self._spots[role]
+
+        def make(rank: int) -> Any:
+            return place(actor, self._reserved, spots[rank], self._environment, *args, rank, len(spots))
+
+        return make
+
+    def _tell_recovery(self, message: str) -> None:
+        self.recorder.event.remote("recovery", message)
 
     def _models(self) -> list[Group]:
         return [group for group in (self.policy, self.critic, self.reference) if group is not None]
 
-    def _learners(self) -> list[Group]:
-        return [group for group in (self.policy, self.critic) if group is not None]
-
     # -- the phases of a step ----------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Prompt], version: int) -> list[Rollout]:
-        """Answers to the prompts, `num_generations` to each, by weights of `version`."""
-        num_generations, size = self.job.rl.num_generations or 1, len(self.policy)
+    def sync(self, version: int) -> dict[str, float]:
+        """Have engines apart hold the policy's weights under this version; returns what it took, or nothing if there was nothing
+        to do."""
+        self._version = version
+        if self.engines is None or self.engines.version == version:
+            return {}
+        return self.engines.send(version, self.policy)
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Answers to the prompts, `num_generations` to each, by the weights of the last sync."""
+        num_generations = self.job.rl.num_generations or 1
         units = units_of(prompts, num_generations, self.job.rollout.unit_prompts, self.job.seed)
+        done = self.engines.generate(units) if self.engines is not None else self._generate_inside(units)
+        flat = [(done[unit.number][0], *pair) for unit in units for pair in done[unit.number][1]]
+        return collect(prompts, num_generations, flat)
+
+    def _generate_inside(self, units: Sequence[Unit]) -> dict[int, tuple[int, Answers]]:
+        size, version = len(self.policy), self._version
         dealt = [units[rank::size] for rank in range(size)]
         [answers] = wait([self.policy.start_each("generate", dealt)], self.timeout_s)
-        by_unit = {
-            unit.number: drawn
+        return {
+            unit.number: (version, drawn)
             for own, made in zip(dealt, answers, strict=True)
             for unit, drawn in zip(own, made, strict=True)
         }
-        flat = [pair for unit in units for pair in by_unit[unit.number]]
-        return collect(prompts, num_generations, [d for d, _ in flat], [text for _, text in flat], version)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The weighted sum of all sources' scores, float64[S], and each source's."""
@@ -104,7 +151,8 @@ class Roles:
         names = sorted({name for rollout in rollouts for name in rollout.prompt.columns})
         columns = {name: [rollout.prompt.columns.get(name) for rollout in rollouts] for name in names}
         asked = {
-            name: group.start_first("score", contents, texts, columns) for name, group in self.rewards.items()
+            name: group.start_one(0, "score", contents, texts, columns)
+            for name, group in self.rewards.items()
         }
         found = {}
         for source in self.job.rewards:
@@ -123,7 +171,7 @@ class Roles:
         """Give every model the answers of the step."""
         examples = ray.put([rollout.example for rollout in rollouts])
         layout = ray.put(list(mini_batches))
-        wait([group.start("take", examples, layout) for group in self._models()], self.timeout_s)
+        wait([group.set_up("take", examples, layout) for group in self._models()], self.timeout_s)
 
     def old_logprobs(self, count: int) -> list[np.ndarray]:
         """The policy's log-probabilities of the answers' tokens, before the step's updates."""
@@ -175,13 +223,13 @@ class Roles:
         """Start a checkpoint of policy and critic; returns a step that was committed meanwhile."""
         for prefix, group in (("", self.policy), ("critic.", self.critic)):
             if group is not None:
-                [[steps]] = wait([group.start_first("optimizer_step")], self.timeout_s)
+                [[steps]] = wait([group.start_one(0, "optimizer_step")], self.timeout_s)
                 state = state | {f"{prefix}optimizer_step": steps}
-        return self._newest([group.start("save", step, state) for group in self._learners()])
+        return self._newest([group.start("save", step, state) for group in self._learners])
 
     def finish_saving(self) -> int | None:
         """Wait until what was saved is committed."""
-        return self._newest([group.start("finish_saving") for group in self._learners()])
+        return self._newest([group.start("finish_saving") for group in self._learners])
 
     def _newest(self, calls: Sequence[Call]) -> int | None:
         newest: int | None = wait(calls, self.timeout_s)[0][0]
@@ -189,7 +237,7 @@ class Roles:
 
     def close(self) -> None:
         """End all processes and give their room back."""
-        for group in self._groups:
+        for group in [*self._learners, *self._others]:
             group.kill()
         remove_placement_group(self._reserved)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from rayft.data.template import Sample
+from rayft.generate.engine import Drawn
 from rayft.rlhf.prompts import Prompt
 
 
@@ -63,11 +63,11 @@ def seed_of(seed: int, position: int, sample: int) -> int:
 
 
 def collect(
-    prompts: Sequence[Prompt], num_generations: int, drawn: Sequence[Any], texts: Sequence[str], version: int
+    prompts: Sequence[Prompt], num_generations: int, drawn: Sequence[tuple[int, Drawn, str]]
 ) -> list[Rollout]:
-    """Rollouts of a step from what was drawn for its units in their order."""
+    """Rollouts of a step from what was drawn (version, answer, its text) for its units in their order."""
     asked = [(prompt, sample) for prompt in prompts for sample in range(num_generations)]
     return [
         Rollout(prompt, sample, answer.ids, answer.logprobs, answer.ended, version, text)
-        for (prompt, sample), answer, text in zip(asked, drawn, texts, strict=True)
+        for (prompt, sample), (version, answer, text) in zip(asked, drawn, strict=True)
     ]

@@ -72,24 +72,31 @@ class Driver:
 
     def train(self) -> None:
         """To the end of the run. Raises WorkerError once processes died more than `max_failures` times."""
-        failures = 0
-        while True:
-            try:
-                return self._attempt()
-            except RoleDied as error:
-                if self._stop_reason:
-                    raise PreemptedError(
-                        f"The run was asked to stop ({self._stop_reason}), and {error.message}",
-                        "Start it again under the same name to go on from its last checkpoint.",
-                    ) from error
-                failures += 1
-                if failures > self.job.cluster.max_failures:
-                    raise WorkerError(
-                        f"The roles failed more than {self.job.cluster.max_failures} times; the last failure was: {error.message}",
-                        "Run again to resume from the last checkpoint; --debug shows the traceback.",
-                    ) from error
-                self.recorder.event.remote("failure", f"{error.message} All roles start again.")
-                self.show()
+        failures, lost = 0, ""
+        roles = Roles(self.plan, self.recorder, self.console.print)
+        try:
+            while True:
+                try:
+                    return self._attempt(roles, lost)
+                except RoleDied as error:
+                    lost = error.role
+                    if self._stop_reason:
+                        raise PreemptedError(
+                            f"The run was asked to stop ({self._stop_reason}), and {error.message}",
+                            "Start it again under the same name to go on from its last checkpoint.",
+                        ) from error
+                    failures += 1
+                    if failures > self.job.cluster.max_failures:
+                        raise WorkerError(
+                            f"The roles failed more than {self.job.cluster.max_failures} times; the last failure was: {error.message}",
+                            "Run again to resume from the last checkpoint; --debug shows the traceback.",
+                        ) from error
+                    self.recorder.event.remote(
+                        "failure", f"{error.message} The run goes back to its last checkpoint."
+                    )
+                    self.show()
+        finally:
+            roles.close()
 
     def show(self) -> None:
         """Print rows of the log that are new."""
@@ -98,7 +105,7 @@ class Driver:
         for row in rows:
             self._progress.row(row)
 
-    def _attempt(self) -> None:
+    def _attempt(self, roles: Roles, lost: str) -> None:
         skipped: list[str] = []
         lease = Lease(self.store, self.lease.owner)
         epoch, step = lease.resume(on_skip=lambda at, why: skipped.append(f"step {at}: {why}"))
@@ -114,14 +121,8 @@ class Driver:
         state = State(KlController(rl.kl_coef or 0.0, rl.kl_target, rl.kl_horizon))
         if step is not None:
             state.restore(step, CheckpointReader(self.store, step).state)
-        roles = Roles(self.plan, self.recorder, self.console.print)
-        try:
-            roles.build(epoch, step)
-            Loop(
-                self.plan, self.prepared.prompts, roles, state, self.recorder, self.store, self._between
-            ).train()
-        finally:
-            roles.close()
+        roles.begin(epoch, step, lost)
+        Loop(self.plan, self.prepared.prompts, roles, state, self.recorder, self.store, self._between).train()
 
     def _between(self) -> str:
         self.show()

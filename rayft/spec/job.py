@@ -24,7 +24,7 @@ from rayft.spec.groups import (
     Train,
     Zero,
 )
-from rayft.spec.rl import METHODS, RewardSource, Rl, Rollout
+from rayft.spec.rl import METHODS, Place, Placement, RewardSource, Rl, Rollout
 
 
 class Job(Group):
@@ -54,6 +54,7 @@ class Job(Group):
         default_factory=list,
         description="What scores the model's answers; several are added up by their weights.",
     )
+    placement: Placement = Field(default_factory=Placement)
     zero: Zero = Field(default_factory=Zero)
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="Further DeepSpeed options, passed through."
@@ -113,7 +114,12 @@ class Job(Group):
 
     def _reinforcement_agrees(self) -> None:
         if not self.reinforced:
-            for name, nothing in (("rl", Rl()), ("rollout", Rollout()), ("rewards", [])):
+            for name, nothing in (
+                ("rl", Rl()),
+                ("rollout", Rollout()),
+                ("rewards", []),
+                ("placement", Placement()),
+            ):
                 if getattr(self, name) != nothing:
                     raise ValueError(f"{name}: this group does nothing under method {self.method}")
             return
@@ -143,10 +149,7 @@ class Job(Group):
             raise ValueError(
                 f"rl.critic_warmup_steps {rl.critic_warmup_steps} leaves none of the {self.train.max_steps} steps to the policy"
             )
-        if self.zero.stage == 3:
-            raise ValueError(
-                f"zero.stage 3 is not there yet for method {self.method}: its engine needs whole tensors"
-            )
+        self._placement_agrees()
         if self.adapter.type == "qlora":
             raise ValueError(f"adapter.type qlora is not there yet for method {self.method}; use lora")
         if self.checkpoint.on_failure == "continue":
@@ -174,4 +177,29 @@ class Job(Group):
         if isinstance(self.cluster.num_workers, tuple):
             raise ValueError(
                 f"cluster.num_workers [min, max] is not for method {self.method}; give one number"
+            )
+
+    def _placement_agrees(self) -> None:
+        rl, placement = self.rl, self.placement
+        if placement.critic != Place() and not rl.critic:
+            raise ValueError(
+                f"placement.critic: the advantage estimator {rl.advantage_estimator} has no critic"
+            )
+        if placement.reference != Place() and not rl.kl_coef:
+            raise ValueError("placement.reference: without rl.kl_coef there is no reference")
+        if placement.rollout != Place() and not self.rollout.engines:
+            raise ValueError(
+                "placement.rollout: without rollout.engines answers are drawn inside the policy's processes"
+            )
+        given = 0.0
+        for name, place in placement:
+            if place.apart and name == "critic" and (place.gpus is not None or place.cpus != 1):
+                raise ValueError("placement.critic: apart it has what a rank of the policy has (cluster)")
+            if not place.apart and place.cpus != 1:
+                raise ValueError(f"placement.{name}.cpus is for bundles of their own; set apart to true")
+            given += 0.0 if place.apart else place.gpus or 0.0
+        if given and given >= self.cluster.gpus_per_worker:
+            raise ValueError(
+                f"placement: the roles beside the policy ask for {given:g} GPUs a rank, and of cluster.gpus_per_worker "
+                f"{self.cluster.gpus_per_worker:g} something must be left to the policy"
             )

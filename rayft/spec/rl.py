@@ -232,8 +232,16 @@ class Rl(Group):
 class Rollout(Group):
     """How answers are drawn."""
 
-    engine: Literal["transformers"] = Field(
-        "transformers", description="transformers: inside the policy's own processes, on its own tensors."
+    engine: Literal["transformers"] = "transformers"
+    engines: int = Field(
+        0,
+        ge=0,
+        description="Engines in processes of their own, which are sent the weights after every step; 0: inside the policy's own "
+        "processes, on its own tensors (under ZeRO-3: on weights gathered while answers are drawn).",
+    )
+    lag: Literal[0, 1] = Field(
+        0,
+        description="1: the next step's answers are drawn while a step trains, by the weights before it; needs engines.",
     )
     max_new_tokens: PositiveInt = 128
     temperature: PositiveFloat = 1.0
@@ -242,6 +250,41 @@ class Rollout(Group):
         4, description="Prompts that are generated together, always the same ones, whoever does it."
     )
     batch_size: PositiveInt = Field(64, description="Answers that an engine works on at a time.")
+    bucket_mb: PositiveFloat = Field(128.0, description="MB of weights that are gathered and sent at a time.")
+
+    @property
+    def bucket_bytes(self) -> int:
+        """`bucket_mb` in bytes."""
+        return int(self.bucket_mb * 1e6)
+
+    @model_validator(mode="after")
+    def _lag_needs_engines(self) -> Rollout:
+        if self.lag and not self.engines:
+            raise ValueError(
+                "rollout.lag 1 needs rollout.engines 1 or more: inside the policy's processes nothing can be drawn while "
+                "they train"
+            )
+        return self
+
+
+class Place(Group):
+    """Where the processes of a role live."""
+
+    apart: bool = Field(False, description="In bundles of their own; false: beside the policy's ranks.")
+    cpus: PositiveFloat = Field(1, description="apart: CPUs of each process.")
+    gpus: NonNegativeFloat | None = Field(
+        None,
+        description="GPUs of each process; beside the policy, its part of the rank's (default: all roles there share equally).",
+    )
+
+
+class Placement(Group):
+    """Where roles live, beside the policy's ranks (group `cluster`) or apart. A critic apart has what a rank of the policy has."""
+
+    critic: Place = Field(default_factory=Place)
+    reference: Place = Field(default_factory=Place)
+    rollout: Place = Field(default_factory=Place, description="Each of rollout.engines.")
+    rewards: Place = Field(default_factory=Place, description="Each of rewards.")
 
 
 class RewardSource(Group):

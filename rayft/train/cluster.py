@@ -49,7 +49,7 @@ def refuse_impossible(cluster: Cluster) -> None:
     least = cluster.num_workers[0] if isinstance(cluster.num_workers, tuple) else cluster.num_workers
     nodes = [node for node in ray.nodes() if node["Alive"]]
     room = sum(_fits(node["Resources"], need) for node in nodes)
-    if room >= least or _may_grow():
+    if room >= least or may_grow():
         return
     there = "; ".join(
         f"{node['NodeManagerAddress']}: {_amounts({k: node['Resources'].get(k, 0) for k in ('CPU', 'GPU')})}"
@@ -61,7 +61,7 @@ def refuse_impossible(cluster: Cluster) -> None:
     )
 
 
-def _may_grow() -> bool:
+def may_grow() -> bool:
     """Whether an autoscaler might add nodes (it writes its configuration into Ray's internal store)."""
     from ray.experimental.internal_kv import _internal_kv_get
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rayft.errors import JobError
+from rayft.rlhf.placement import Spot
 from rayft.rlhf.rewards import FunctionScorer, ModelScorer, RewardActor, checked
 from rayft.spec import RewardSource
 from tests.tiny import save_tiny
@@ -49,7 +50,7 @@ def source(path: str, kind: str = "function") -> RewardSource:
 
 
 def score(file: Path, name: str) -> list[float]:
-    actor = RewardActor(source(f"{file}:{name}"), 1)
+    actor = RewardActor(Spot(0, 0.0, 1), source(f"{file}:{name}"))
     actor.load()
     return actor.score(PROMPTS, ["xx", "yyy"], {"wanted": [True, False]})
 

@@ -76,7 +76,17 @@ def test_what_the_methods_choose() -> None:
         ("dapo", {"rl": {"overlong_buffer": 999}}, "rl.overlong_buffer 999 is more than"),
         ("grpo", {"rl": {"importance_cap": 0.5}}, "rl.importance_cap = 0.5"),
         ("grpo", {"rewards": [{**REWARDS[0], "weight": 0}]}, "weight 0 does nothing"),
-        ("grpo", {"zero": {"stage": 3}}, "zero.stage 3 is not there yet"),
+        ("grpo", {"rollout": {"lag": 1}}, "rollout.lag 1 needs rollout.engines"),
+        ("grpo", {"placement": {"critic": {"apart": True}}}, "has no critic"),
+        ("dapo", {"placement": {"reference": {"apart": True}}}, "there is no reference"),
+        ("grpo", {"placement": {"rollout": {"apart": True}}}, "without rollout.engines"),
+        ("ppo", {"placement": {"critic": {"apart": True, "cpus": 2}}}, "what a rank of the policy has"),
+        ("grpo", {"placement": {"rewards": {"cpus": 2}}}, "placement.rewards.cpus is for bundles"),
+        (
+            "grpo",
+            {"placement": {"rewards": {"gpus": 1}}, "cluster": {"gpus_per_worker": 1}},
+            "something must be left to the policy",
+        ),
         (
             "grpo",
             {"checkpoint": {"on_failure": "continue"}},

@@ -1,0 +1,174 @@
+"""Where the processes of a run live: one table of bundles, refused where it can never fit, waited for where it can."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rayft.errors import ResourceError
+from rayft.spec import Job
+from rayft.train.cluster import may_grow, worker_resources
+
+Resources = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where one process lives: its bundle, its share of the bundle's GPUs, its CPU threads."""
+
+    bundle: int
+    gpus: float
+    threads: int
+
+    @property
+    def device(self) -> str:
+        """What torch calls it."""
+        return "cuda" if self.gpus else "cpu"
+
+
+@dataclass(frozen=True)
+class Table:
+    """bundles: resources of each, and whose it is. spots: of each role's processes, rank by rank."""
+
+    bundles: list[tuple[str, Resources]]
+    spots: dict[str, list[Spot]]
+
+
+def table_of(job: Job, *, critic: bool, reference: bool) -> Table:
+    """The bundles and spots of a job, whose method has a critic or a reference of its own, or not."""
+    cluster, placement = job.cluster, job.placement
+    ranks = cluster.max_workers
+    bundles: list[tuple[str, Resources]] = [("policy", worker_resources(cluster))] * ranks
+    roles = [("critic", placement.critic, ranks)] if critic else []
+    roles += [("reference", placement.reference, ranks)] if reference else []
+    roles += [("rollout", placement.rollout, job.rollout.engines)] if job.rollout.engines else []
+    roles += [(f"reward {source.name}", placement.rewards, 1) for source in job.rewards]
+    given = sum(place.gpus or 0.0 for _, place, _ in roles if not place.apart)
+    open_ = sum(place.gpus is None for _, place, _ in roles if not place.apart)
+    share = max(0.0, cluster.gpus_per_worker - given) / (1 + open_)
+    spots: dict[str, list[Spot]] = {"policy": [Spot(rank, share, cluster.threads) for rank in range(ranks)]}
+    beside = 0
+    for role, place, count in roles:
+        if place.apart:
+            own = worker_resources(cluster) if role == "critic" else _resources(place.cpus, place.gpus or 0.0)
+            first = len(bundles)
+            bundles += [(role, own)] * count
+            threads = cluster.threads if role == "critic" else max(1, int(place.cpus))
+            gpus = own.get("GPU", 0.0)
+            spots[role] = [Spot(first + number, gpus, threads) for number in range(count)]
+        else:
+            gpus = share if place.gpus is None else place.gpus
+            start = beside if role.startswith("reward ") else 0  # rewards are spread over the bundles
+            beside += role.startswith("reward ")
+            spots[role] = [Spot((start + number) % ranks, gpus, cluster.threads) for number in range(count)]
+    return Table(bundles, spots)
+
+
+def refuse_what_never_fits(table: Table, nodes: Sequence[tuple[str, Resources]]) -> None:
+    """Raise ResourceError, with the arithmetic, if the nodes (name, resources) can never hold all bundles at once."""
+    names = sorted({name for _, need in table.bundles for name in need})
+    asked = ", ".join(
+        f"{count} x {_amounts(need)} for {role}" for (role, need), count in _counted(table.bundles)
+    )
+    there = "; ".join(
+        f"{node}: {_amounts({name: have.get(name, 0) for name in names})}" for node, have in nodes
+    )
+    remedy = (
+        "Ask for fewer processes or less per process (cluster, rollout.engines, placement), or add nodes."
+    )
+    for role, need in table.bundles:
+        if not any(all(have.get(name, 0) >= amount for name, amount in need.items()) for _, have in nodes):
+            raise ResourceError(
+                f"No node has {_amounts(need)}, which a process of {role} needs ({there}).", remedy
+            )
+    for name in names:
+        wanted = sum(need.get(name, 0) for _, need in table.bundles)
+        total = sum(have.get(name, 0) for _, have in nodes)
+        if wanted > total:
+            raise ResourceError(
+                f"The run needs {wanted:g} {name} ({asked}); the cluster has {total:g} ({there}).", remedy
+            )
+
+
+def reserve(table: Table, timeout_s: float, say: Callable[[str], None]) -> PlacementGroup:
+    """All bundles or none. Raises ResourceError for what can never fit, and after the time-out."""
+    if not may_grow():
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        refuse_what_never_fits(table, [(node["NodeManagerAddress"], node["Resources"]) for node in alive])
+    reserved = placement_group([dict(need) for _, need in table.bundles], strategy="PACK")
+    try:
+        await_room(reserved, table, timeout_s, say)
+    except BaseException:
+        remove_placement_group(reserved)
+        raise
+    return reserved
+
+
+def await_room(reserved: PlacementGroup, table: Table, timeout_s: float, say: Callable[[str], None]) -> None:
+    """Return when all bundles have their room (again, after a node was lost). Raises ResourceError after the time-out."""
+    needs = ", ".join(
+        f"{count} x {_amounts(need)} ({role})" for (role, need), count in _counted(table.bundles)
+    )
+    waited = 0.0
+    while not reserved.wait(timeout_seconds=5):
+        waited += 5
+        there = {name: value for name, value in ray.available_resources().items() if name in ("CPU", "GPU")}
+        free = _amounts(there) or "nothing"
+        if waited >= timeout_s:
+            raise ResourceError(
+                f"The cluster had no room for {needs} within {timeout_s:.0f} s; free: {free}.",
+                "Free resources, ask for fewer, or raise cluster.start_timeout_s.",
+            )
+        say(f"waiting for {needs}; free: {free}")
+
+
+def place(actor: Any, reserved: PlacementGroup, spot: Spot, environment: dict[str, str], *args: Any) -> Any:
+    """Start an actor at a spot; it is told the spot first."""
+    there = PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=spot.bundle)
+    environment = environment | {"OMP_NUM_THREADS": str(spot.threads)}
+    return (
+        ray.remote(actor)
+        .options(
+            num_cpus=0,
+            num_gpus=math.floor(spot.gpus * 10_000) / 10_000,  # Ray counts in ten-thousandths, and rounds up
+            scheduling_strategy=there,
+            runtime_env={"env_vars": environment},
+            max_restarts=0,
+        )
+        .remote(spot, *args)
+    )
+
+
+def in_physical_order(where: Sequence[tuple[str, Sequence[int]]]) -> list[int]:
+    """Indices sorted by node and GPU: bundles come in an order of Ray's own, and neighbouring ranks talk most."""
+
+    def key(index: int) -> tuple[bytes, list[int], int]:
+        address, gpus = where[index]
+        return ipaddress.ip_address(address).packed, sorted(gpus), index
+
+    return sorted(range(len(where)), key=key)
+
+
+def _resources(cpus: float, gpus: float) -> Resources:
+    return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+
+
+def _counted(bundles: Sequence[tuple[str, Resources]]) -> list[tuple[tuple[str, Resources], int]]:
+    found: list[tuple[tuple[str, Resources], int]] = []
+    for bundle in bundles:
+        if found and found[-1][0] == bundle:
+            found[-1] = (bundle, found[-1][1] + 1)
+        else:
+            found.append((bundle, 1))
+    return found
+
+
+def _amounts(resources: Resources) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

@@ -1,0 +1,73 @@
+"""Engines apart, from the driver's side: weights out to all of them, units to whichever is free."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from rayft.errors import WorkerError
+from rayft.rlhf.engines import Answers, Held
+from rayft.rlhf.group import Call, Group, Task, first_done, wait
+from rayft.rlhf.rollout import Unit
+from rayft.rlhf.weights import Shipped
+
+
+class EnginePool:
+    """The engines of a run, which all hold the same version of the weights, or none yet."""
+
+    def __init__(self, group: Group, timeout_s: float) -> None:
+        self._group, self._timeout_s = group, timeout_s
+        self.version: int | None = None
+
+    def forget(self) -> None:
+        """What engines hold is of a policy that is no more."""
+        self.version = None
+        self._group.forget("take_weights")
+
+    def send(self, version: int, policy: Group) -> dict[str, float]:
+        """Have every engine hold the policy's weights; returns bytes, calls and times.
+
+        Raises WorkerError where an engine holds other bytes than were sent.
+        """
+        shipped: list[Shipped] = policy.call("ship", timeout_s=self._timeout_s)
+        shipments = [shipment for own in shipped for shipment in own.shipments]
+        [held] = wait([self._group.set_up("take_weights", version, shipments)], self._timeout_s)
+        wanted = [shipment.checksum for shipment in shipments]
+        for rank, engine in enumerate(held):
+            _refuse_other_bytes(rank, engine, wanted, version)
+        self.version = version
+        seconds: dict[str, float] = {}
+        for own in (*shipped, *held):  # ranks and engines work side by side: the slowest counts
+            for name, value in own.seconds.items():
+                seconds[name] = max(seconds.get(name, 0.0), value)
+        size = sum(shipment.size for shipment in shipments)
+        return {"bytes": size, "buckets": len(shipments), "calls": len(policy) + len(self._group)} | seconds
+
+    def generate(self, units: Sequence[Unit]) -> dict[int, tuple[int, Answers]]:
+        """Version and answers by the number of their unit. A unit whose engine dies is done again by the next process."""
+        left, idle = deque(units), deque(range(len(self._group)))
+        at_work: dict[int, tuple[Unit, Task]] = {}
+        done: dict[int, tuple[int, Answers]] = {}
+        while left or at_work:
+            while left and idle:
+                rank, unit = idle.popleft(), left.popleft()
+                [task] = self._group.start_one(rank, "generate", unit).tasks
+                at_work[id(task)] = (unit, task)
+            task, answered = first_done([task for _, task in at_work.values()], self._timeout_s)
+            unit, _ = at_work.pop(id(task))
+            done[unit.number] = answered
+            idle.append(task.rank)
+        return done
+
+    def build(self) -> Call:
+        """Have the engines load the base model."""
+        return self._group.set_up("build")
+
+
+def _refuse_other_bytes(rank: int, engine: Held, wanted: list[str], version: int) -> None:
+    if engine.checksums != wanted:
+        wrong = sum(a != b for a, b in zip(engine.checksums, wanted, strict=True))
+        raise WorkerError(
+            f"Engine {rank} holds other weights than version {version}, which was sent: {wrong} of {len(wanted)} checksums differ.",
+            "Its memory or what carried the bytes is broken: look at the node, and run again.",
+        )

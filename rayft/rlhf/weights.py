@@ -1,0 +1,100 @@
+"""Weights on their way from the policy to engines of their own: buckets in the object store, with version and checksum.
+
+A tensor is copied twice: into the object store (the learner's process writes its own memory there) and out of it into the
+engine's tensor. A bucket of many tensors is one object.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import nn
+
+from rayft.checkpoint.checksum import checksum
+
+Bucket = list[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """One bucket: names and dtypes of its tensors, where their bytes lie, how many, and their checksum.
+
+    ref: of a list of uint8 arrays, one a tensor. In a list, so that Ray hands it on as it is.
+    """
+
+    names: list[str]
+    ref: list[Any]
+    size: int
+    checksum: str
+
+
+@dataclass
+class Shipped:
+    """What a rank sent. seconds: by what they were spent on."""
+
+    shipments: list[Shipment] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def spend(self, on: str, began: float) -> float:
+        """Add the time since `began`; returns now."""
+        now = time.perf_counter()
+        self.seconds[on] = self.seconds.get(on, 0.0) + now - began
+        return now
+
+
+def ship(buckets: Iterable[Bucket], rank: int, world_size: int) -> Shipped:
+    """Put this rank's share of the buckets into the object store. All ranks walk through all of them: gathering takes all."""
+    shipped = Shipped()
+    began = time.perf_counter()
+    for number, bucket in enumerate(buckets):
+        began = shipped.spend("gather", began)
+        if number % world_size == rank:
+            arrays = [bytes_of(tensor) for _, tensor in bucket]
+            # From a GPU a tensor has just been copied; on a CPU these are its own bytes.
+            began = shipped.spend("to_host", began)
+            ref = ray.put(arrays)
+            began = shipped.spend("put", began)
+            found = checksum(array.data for array in arrays)
+            began = shipped.spend("checksum", began)
+            size = sum(array.nbytes for array in arrays)
+            shipped.shipments.append(Shipment([name for name, _ in bucket], [ref], size, found))
+    shipped.spend("gather", began)
+    return shipped
+
+
+@torch.no_grad()
+def receive(module: nn.Module, shipments: Sequence[Shipment]) -> tuple[list[str], dict[str, float]]:
+    """Copy the buckets into the module's parameters; returns the checksum of what it holds then, and times."""
+    parameters = dict(module.named_parameters())
+    shipped = Shipped()
+    found = []
+    for shipment in shipments:
+        began = time.perf_counter()
+        arrays = ray.get(shipment.ref, timeout=600)[0]
+        began = shipped.spend("get", began)
+        held = [parameters[name] for name in shipment.names]
+        for parameter, array in zip(held, arrays, strict=True):
+            parameter.data.copy_(tensor_of(array, parameter))
+        began = shipped.spend("copy", began)
+        found.append(checksum(bytes_of(parameter.data).data for parameter in held))
+        shipped.spend("checksum", began)
+    return found, shipped.seconds
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor, uint8; its own memory where that lies on the CPU in one piece."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def tensor_of(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of the shape and dtype of another over the same bytes, not to be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.from_numpy(array).view(like.dtype).view(like.shape)

@@ -1,0 +1,109 @@
+"""Engines of their own: the same answers as inside the policy, from any ZeRO stage, and one step behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayft.cli import main
+from rayft.report.log import read_log
+from rayft.spec import Job
+from rayft.storage import open_store
+from tests.cluster.rewards import prepare_folder, rl_job
+from tests.runs import assert_same_state, write_job
+
+pytestmark = pytest.mark.slow
+
+LORA = {"type": "lora", "lora_r": 4, "target_modules": "all-linear"}
+APART = {"engines": 2, "bucket_mb": 0.004}  # several buckets of even a tiny model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_folder(tmp_path_factory.mktemp("engines"))
+
+
+def run(job: Job, folder: Path) -> list[dict[str, Any]]:
+    """Run a job; its steps as the log has them."""
+    assert main(["run", str(write_job(job, folder / f"{job.name}.yaml"))]) == 0
+    return [row for row in read_log(open_store(folder / "runs" / job.name)) if row["kind"] == "step"]
+
+
+def job_of(folder: Path, name: str, method: str, **groups: Any) -> Job:
+    rollout = {"max_new_tokens": 12, "unit_prompts": 2, **groups.pop("rollout", {})}
+    train = {
+        "max_steps": 4,
+        "global_batch_size": 6,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        **groups.pop("train", {}),
+    }
+    return rl_job(folder, method, name=name, rollout=rollout, train=train, **groups)
+
+
+@pytest.mark.parametrize(
+    ("method", "groups"),
+    [
+        ("grpo", {"adapter": LORA, "zero": {"stage": 2}}),
+        pytest.param("ppo", {"zero": {"stage": 1}, "train": {"precision": "bf16"}}, marks=pytest.mark.full),
+        pytest.param("dapo", {"zero": {"stage": 0}}, marks=pytest.mark.full),
+        pytest.param("grpo", {"zero": {"stage": 3}}, marks=pytest.mark.full),
+    ],
+)
+def test_where_engines_are_changes_nothing(
+    method: str, groups: dict[str, Any], folder: Path, local_ray: None
+) -> None:
+    """Inside the policy's processes and apart: the same run to the last bit."""
+    name = f"{method}-{groups['zero']['stage']}"
+    inside = run(job_of(folder, f"{name}-inside", method, **groups), folder)
+    apart = run(job_of(folder, f"{name}-apart", method, rollout=APART, **groups), folder)
+    assert [row["metrics"] for row in inside] == [row["metrics"] for row in apart]
+    assert_same_state(folder / "runs" / f"{name}-inside", folder / "runs" / f"{name}-apart")
+    assert all(row["sync"] == {} for row in inside)
+    for row in apart:
+        assert row["sync"]["bytes"] > 0
+        assert 1 < row["sync"]["buckets"] < 40, "weights do not travel in buckets"
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("inside", {"adapter": LORA}),
+        *(
+            pytest.param(name, groups, marks=pytest.mark.full)
+            for name, groups in (
+                ("inside-full", {}),
+                ("apart", {"adapter": LORA, "rollout": APART}),
+                ("apart-full", {"rollout": APART}),
+            )
+        ),
+    ],
+)
+def test_weights_that_are_sharded_reach_the_engine(
+    name: str, groups: dict[str, Any], folder: Path, local_ray: None
+) -> None:
+    """ZeRO-3: every token's probability in the engine is the trainer's, before and after the weights have moved."""
+    steps = run(job_of(folder, f"sharded-{name}", "grpo", zero={"stage": 3}, **groups), folder)
+    assert all(row["metrics"]["engine_gap_max"] < 1e-5 for row in steps)
+    assert steps[-1]["metrics"]["kl"] != 0
+    if "apart" in name:
+        trained = {row["sync"]["bytes"] for row in steps}
+        assert len(trained) == 1
+        if "full" not in name:
+            [whole] = {
+                row["sync"]["bytes"] for row in run(job_of(folder, "all", "dr_grpo", rollout=APART), folder)
+            }
+            assert trained.pop() < whole / 2, "more than the adapter is sent"
+
+
+def test_one_step_behind(folder: Path, local_ray: None) -> None:
+    """Answers of step n by the weights before step n - 1, weighted by how far the policy has moved since."""
+    job = job_of(folder, "behind", "dr_grpo", rollout={**APART, "lag": 1})
+    steps = run(job, folder)
+    gaps = [row["metrics"]["engine_gap"] for row in steps]
+    assert gaps[0] < 1e-5
+    assert min(gaps[1:]) > 1e-4, "answers are not one step behind"
+    ledger = [row for row in read_log(open_store(folder / "runs" / "behind")) if row["kind"] == "ledger"]
+    assert sorted(row for entry in ledger for row in entry["trained"]) == list(range(24))

@@ -1,0 +1,80 @@
+"""Which bundles a run needs, what can never fit, in which order ranks are numbered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rayft.errors import ResourceError
+from rayft.rlhf.placement import in_physical_order, refuse_what_never_fits, table_of
+from tests.unit.test_rlhf_parts import job_of
+
+
+def table(critic: bool = True, reference: bool = True, **groups: Any) -> Any:
+    return table_of(job_of("ppo" if critic else "grpo", **groups), critic=critic, reference=reference)
+
+
+def test_by_default_everything_shares_the_ranks() -> None:
+    made = table(
+        cluster={"num_workers": 2, "gpus_per_worker": 1}, rollout={"engines": 2, "max_new_tokens": 8}
+    )
+    assert made.bundles == [("policy", {"CPU": 1, "GPU": 1})] * 2
+    assert {role: len(spots) for role, spots in made.spots.items()} == {
+        "policy": 2,
+        "critic": 2,
+        "reference": 2,
+        "rollout": 2,
+        "reward r": 1,
+    }
+    for role, spots in made.spots.items():
+        assert [spot.bundle for spot in spots] == list(range(len(spots)))
+        assert all(spot.gpus == pytest.approx(0.2) for spot in spots), role
+
+
+def test_roles_apart_and_fractions() -> None:
+    made = table(
+        cluster={"num_workers": 2, "gpus_per_worker": 1, "cpus_per_worker": 4},
+        rollout={"engines": 3, "max_new_tokens": 8},
+        placement={
+            "critic": {"apart": True},
+            "reference": {"gpus": 0.25},
+            "rollout": {"apart": True, "gpus": 2, "cpus": 3},
+            "rewards": {"apart": True},
+        },
+    )
+    assert made.bundles == [
+        *[("policy", {"CPU": 4, "GPU": 1})] * 2,
+        *[("critic", {"CPU": 4, "GPU": 1})] * 2,
+        *[("rollout", {"CPU": 3, "GPU": 2})] * 3,
+        ("reward r", {"CPU": 1}),
+    ]
+    assert [spot.gpus for spot in made.spots["policy"]] == [0.75] * 2
+    assert [spot.gpus for spot in made.spots["reference"]] == [0.25] * 2
+    assert [(spot.bundle, spot.gpus, spot.threads) for spot in made.spots["rollout"]] == [
+        (4, 2, 3),
+        (5, 2, 3),
+        (6, 2, 3),
+    ]
+    assert made.spots["reward r"][0].device == "cpu"
+
+
+def test_what_can_never_fit_is_refused_with_the_arithmetic() -> None:
+    made = table(
+        cluster={"num_workers": 2, "cpus_per_worker": 2},
+        rollout={"engines": 2, "max_new_tokens": 8},
+        placement={"rollout": {"apart": True, "cpus": 3}},
+    )
+    refuse_what_never_fits(made, [("a", {"CPU": 7}), ("b", {"CPU": 3})])
+    with pytest.raises(
+        ResourceError, match=r"needs 10 CPU \(2 x 2 CPU for policy, 2 x 3 CPU for rollout\).* has 9 \(a: 6"
+    ):
+        refuse_what_never_fits(made, [("a", {"CPU": 6}), ("b", {"CPU": 3})])
+    with pytest.raises(ResourceError, match="No node has 3 CPU, which a process of rollout needs"):
+        refuse_what_never_fits(made, [("a", {"CPU": 2})] * 9)
+
+
+def test_ranks_are_numbered_by_node_and_gpu() -> None:
+    where = [("10.0.0.10", [1]), ("10.0.0.2", [3]), ("10.0.0.10", [0]), ("10.0.0.2", [0])]
+    assert in_physical_order(where) == [3, 1, 2, 0]
+    assert in_physical_order([("10.0.0.1", []), ("10.0.0.1", [])]) == [0, 1]
