@@ -22,6 +22,9 @@ NOBODY = -1
 #: Chooses the next token of each row from its logits [B, V]; the rows' numbers are given beside them.
 Choice = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
+#: Whether a row, by its number, ends with the token it just got.
+Ends = Callable[[int, int], bool]
+
 
 def greedy(logits_BV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """The most probable token of each row. (`max`, since `argmax` on bf16 takes ten times as long on a CPU.)"""
@@ -33,11 +36,13 @@ def sampling(
     top_p: float,
     seed_of: Callable[[int], int],
     record: Callable[[Sequence[int], list[float]], None] | None = None,
+    *,
+    top_k: int | None = None,
 ) -> Choice:
     """Nucleus sampling (arXiv:1904.09751) in which row n draws from a stream of its own, with the seed `seed_of(n)`.
 
-    So what a row draws does not depend on the rows beside it or on when they end. `record` is told the rows and the
-    log-probability of what each drew, at the temperature, before the nucleus was cut out.
+    So what a row draws does not depend on the rows beside it or on when they end. top_k: of the nucleus, only so many tokens.
+    `record` is told the rows and the log-probability of what each drew, at the temperature, before the nucleus was cut out.
     """
     streams: dict[int, torch.Generator] = {}
 
@@ -51,7 +56,10 @@ def sampling(
         logprobs_BV = (logits_BV.float() / temperature).log_softmax(-1)
         sorted_BV, ids_BV = logprobs_BV.exp().sort(-1, descending=True)
         before_BV = sorted_BV.cumsum(-1) - sorted_BV
-        kept_BV = sorted_BV.masked_fill(before_BV >= top_p, 0.0).double().cumsum(-1)
+        kept_BV = sorted_BV.masked_fill(before_BV >= top_p, 0.0)
+        if top_k is not None:
+            kept_BV[:, top_k:] = 0.0
+        kept_BV = kept_BV.double().cumsum(-1)
         at_B1 = torch.tensor([[draw(row)] for row in rows], device=kept_BV.device, dtype=torch.float64)
         picked_B1 = torch.searchsorted(kept_BV, at_B1 * kept_BV[:, -1:], right=True)
         tokens_B1 = ids_BV.gather(-1, picked_B1.clamp(max=ids_BV.shape[-1] - 1))
@@ -105,12 +113,13 @@ def decode(
     stop_ids: frozenset[int],
     max_new_tokens: int,
     packed: bool,
+    ends: Ends | None = None,
     sync: Sync | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield for every step the (row number, token) of the rows still running; a row's last token may be a stop.
 
     prompts: token ids, none empty. rows: the number of each prompt, told to `choose` and in what is yielded.
-    packed: the model runs under `packed_generation`. With `sync`, ranks run equally many forwards: one without rows
+    ends: asked about every token that is no stop, whether the row ends with it. packed: the model runs under `packed_generation`. With `sync`, ranks run equally many forwards: one without rows
     of its own (`prompts` may be empty) goes on with a row nobody reads.
     """
     running = list(rows)
@@ -120,7 +129,11 @@ def decode(
         tokens = tokens_B.tolist()
         if running:
             yield list(zip(running, tokens, strict=True))
-        going = [i for i, _ in enumerate(running) if tokens[i] not in stop_ids]
+        going = [
+            i
+            for i, row in enumerate(running)
+            if tokens[i] not in stop_ids and not (ends and ends(row, tokens[i]))
+        ]
         running = [running[i] for i in going] if step + 1 < max_new_tokens else []
         if not (sync(bool(running)) if sync else running):
             return

@@ -15,7 +15,7 @@ from rayft.data.template import Sample
 from rayft.data.tensors import pack_tensors, pad_tensors
 from rayft.errors import DataError
 from rayft.generate.attention import packed_generation, packed_scoring
-from rayft.generate.decode import NOBODY, Choice, decode, greedy, rows_of_seed, sampling
+from rayft.generate.decode import NOBODY, Choice, Ends, decode, greedy, rows_of_seed, sampling
 from rayft.generate.engine import Drawn, Scored, Sync
 from rayft.generate.prompts import stop_token_ids
 from rayft.model.head import NllHead, causal_model, forward_logprobs, install_nll_head
@@ -41,7 +41,7 @@ class TransformersEngine:
         batch_size: int = 16,
         sync: Sync | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         self.batch_size = batch_size
         self.sync = sync
         inner = causal_model(model)
@@ -76,8 +76,12 @@ class TransformersEngine:
         max_new_tokens: int,
         temperature: float,
         top_p: float = 1.0,
+        top_k: int | None = None,
+        stop: Sequence[str] = (),
     ) -> list[Drawn]:
         """Sample an answer to each prompt with its own seed. Raises DataError as `generate` does.
+
+        stop: texts that end an answer too; the token that completes one is its last.
 
         The same prompts in the same call give the same tokens to the last bit; what an answer is does not depend on the
         others' seeds.
@@ -90,12 +94,21 @@ class TransformersEngine:
                 if row != NOBODY:
                     logprobs[row].append(logprob)
 
-        choose = sampling(temperature, top_p, seeds.__getitem__, record)
-        answers = self._answers(prompts, choose, max_new_tokens)
-        return [Drawn(ids, own, ids[-1] in self.stop_ids) for ids, own in zip(answers, logprobs, strict=True)]
+        choose = sampling(temperature, top_p, seeds.__getitem__, record, top_k=top_k)
+        ends = StopTexts(self.tokenizer, stop) if stop else None
+        answers = self._answers(prompts, choose, max_new_tokens, ends)
+        stopped = ends.rows if ends else frozenset[int]()
+        return [
+            Drawn(ids, own, ids[-1] in self.stop_ids or row in stopped)
+            for row, (ids, own) in enumerate(zip(answers, logprobs, strict=True))
+        ]
 
     def _answers(
-        self, prompts: Sequence[Sequence[int]], choose: Choice, max_new_tokens: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        choose: Choice,
+        max_new_tokens: int,
+        ends: Ends | None = None,
     ) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in prompts]
         batches = like_lengths([len(prompt) for prompt in prompts], self.batch_size)
@@ -109,6 +122,7 @@ class TransformersEngine:
                     stop_ids=self.stop_ids,
                     max_new_tokens=max_new_tokens,
                     packed=packed,
+                    ends=ends,
                     sync=self.sync,
                 )
                 for step in steps:
@@ -172,6 +186,26 @@ class TransformersEngine:
                     f"Row {row + 1} has {length} tokens and {new_tokens} to be generated; the model's context is {self.context}.",
                     "Shorten it, or lower max_new_tokens.",
                 )
+
+
+class StopTexts:
+    """Ends rows whose answers hold one of some texts. rows: those that it ended."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+        self._tokenizer, self._texts = tokenizer, texts
+        # A text of n bytes lies within the last n tokens and the one that completes it.
+        self._tail = 1 + max(len(text.encode()) for text in texts)
+        self._ids: dict[int, list[int]] = {}
+        self.rows: set[int] = set()
+
+    def __call__(self, row: int, token: int) -> bool:
+        ids = self._ids.setdefault(row, [])
+        ids.append(token)
+        written = str(self._tokenizer.decode(ids[-self._tail :], skip_special_tokens=True))
+        if any(text in written for text in self._texts):
+            self.rows.add(row)
+            return True
+        return False
 
 
 def like_lengths(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

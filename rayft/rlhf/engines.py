@@ -45,6 +45,8 @@ def draw_unit(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=rollout.stop,
     )
     return [(answer, answer_text(tokenizer, answer.ids)) for answer in drawn]
 

@@ -1,11 +1,13 @@
-"""What scores answers: Python functions and reward models, each in an actor of its own."""
+"""What scores answers: Python functions, reward models and HTTP endpoints, each in an actor of its own."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,10 +43,12 @@ class RewardActor:
 
     def load(self) -> None:
         """Make it ready. Raises JobError where there is no such function or model."""
-        made: Callable[[RewardSource], Scorer] = (
-            FunctionScorer if self._source.type == "function" else ModelScorer
-        )
-        self._scorer = made(self._source)
+        made: dict[str, Callable[[RewardSource], Scorer]] = {
+            "function": FunctionScorer,
+            "model": ModelScorer,
+            "http": HttpScorer,
+        }
+        self._scorer = made[self._source.type](self._source)
 
     def score(
         self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list[Any]]
@@ -117,6 +121,74 @@ class ModelScorer:
                 "Lower data.max_length, or take another reward model.",
             )
         return [sum(heads) / len(heads) for heads in self._engine.rate(documents)]
+
+
+class HttpScorer:
+    """An endpoint: POST {"prompts", "completions", and the rows' other columns} -> {"scores": [number, …]}."""
+
+    def __init__(self, source: RewardSource) -> None:
+        self._source = source
+        self._tries = 1 + (3 if source.retries is None else source.retries)
+
+    def __call__(
+        self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list[Any]]
+    ) -> list[float]:
+        size, found = self._source.batch_size or 64, list[float]()
+        for first in range(0, len(answers), size):
+            part = slice(first, first + size)
+            rows = {name: values[part] for name, values in columns.items()}
+            asked = {**rows, "prompts": list(prompts[part]), "completions": list(answers[part])}
+            found += self._scores(json.dumps(asked).encode(), len(answers[part]))
+        return found
+
+    def _scores(self, body: bytes, count: int) -> list[float]:
+        """Waits between tries 1, 2, 4, … seconds; what the caller made wrong (4xx) is not tried again."""
+        import requests
+
+        reason = ""
+        for attempt in range(self._tries):
+            if attempt:
+                time.sleep(min(2.0 ** (attempt - 1), 30.0))
+            try:
+                answer = requests.post(
+                    self._source.path,
+                    data=body,
+                    headers={"Content-Type": "application/json"},
+                    timeout=self._source.timeout_s,
+                )
+                if answer.ok:
+                    return checked(self._list(answer), count, self._source)
+                reason = f"it answered {answer.status_code} {answer.reason}"
+                if 400 <= answer.status_code < 500 and answer.status_code != 429:
+                    break
+            except requests.RequestException as error:
+                reason = _plain(error)
+        raise RewardError(
+            f"The reward {self._source.name} at {self._source.path} failed: {reason} "
+            f"({attempt + 1} {'try' if attempt == 0 else 'tries'}).",
+            "See whether it runs and can be reached from the cluster's nodes; its retries can be raised.",
+        )
+
+    def _list(self, answer: Any) -> Any:
+        try:
+            return answer.json()["scores"]
+        except (ValueError, KeyError, TypeError):
+            raise RewardError(
+                f"The reward {self._source.name} at {self._source.path} answered without a list under `scores`: "
+                f"{answer.text[:100]!r}.",
+                'It must answer with JSON such as {"scores": [0.5, 1.0]}, one number for each completion.',
+            ) from None
+
+
+def _plain(error: BaseException) -> str:
+    """What went wrong, without the addresses of objects that libraries put around it."""
+    inner: Any = error
+    while (
+        below := getattr(inner, "reason", None) or next(iter(getattr(inner, "args", ())), None)
+    ) and isinstance(below, BaseException):
+        inner = below
+    text = str(inner)
+    return text.rpartition(": ")[2] if "object at 0x" in text else text
 
 
 def checked(scores: Any, count: int, source: RewardSource) -> list[float]:

@@ -246,6 +246,11 @@ class Rollout(Group):
     max_new_tokens: PositiveInt = 128
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: PositiveInt | None = None
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="Texts that end an answer, beside the end of a turn; they stay in it.",
+    )
     unit_prompts: PositiveInt = Field(
         4, description="Prompts that are generated together, always the same ones, whoever does it."
     )
@@ -291,13 +296,18 @@ class RewardSource(Group):
     """One source of rewards."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$")]
-    type: Literal["function", "model"]
+    type: Literal["function", "model", "http"]
     path: str = Field(
         description="function: `file.py:name` or `module:name`, called with prompts, completions and the other columns of the "
-        "rows as lists; it returns a list of numbers. model: one made by `method: reward` (a run, folder or hub id)."
+        "rows as lists; it returns a list of numbers. model: one made by `method: reward` (a run, folder or hub id). http: a URL "
+        "that is sent the same as JSON and answers with a list under `scores`."
     )
     weight: float = 1.0
     timeout_s: PositiveFloat = Field(300.0, description="Seconds that a step's scores may take.")
+    retries: int | None = Field(
+        None, ge=0, description="http: how often a request that failed is made again (default: 3)."
+    )
+    batch_size: PositiveInt | None = Field(None, description="http: answers of a request (default: 64).")
 
     @field_validator("path")
     @classmethod
@@ -307,9 +317,14 @@ class RewardSource(Group):
         return value
 
     @model_validator(mode="after")
-    def _names_a_function(self) -> RewardSource:
+    def _agrees(self) -> RewardSource:
         if self.weight == 0:
             raise ValueError("weight 0 does nothing; leave the reward out")
         if self.type == "function" and not all(part.strip() for part in self.path.rpartition(":")):
             raise ValueError(f"path {self.path!r} of a function is `file.py:name` or `module:name`")
+        if self.type == "http" and not self.path.startswith(("http://", "https://")):
+            raise ValueError(f"path {self.path!r} of type http is a URL that begins with http:// or https://")
+        for name in ("retries", "batch_size"):
+            if self.type != "http" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for type http")
         return self

@@ -215,3 +215,29 @@ def test_ranks_of_a_sharded_model_run_equally_many_forwards() -> None:
         assert found["sampled"] == engine(stop=OFTEN).generate(LONG_FIRST[rank::2], **SAMPLED)  # type: ignore[arg-type]
     lengths = [len(answer) for answer in first["sampled"] + second["sampled"]]
     assert len(set(lengths)) > 2
+
+
+def test_texts_end_answers() -> None:
+    """An answer ends with the token that completes one of them, others go on as if nothing were."""
+    ours = engine(stop=set(), batch_size=4)
+    draw = {"max_new_tokens": 24, "temperature": 1.0}
+    free = ours.draw(PROMPTS, [1, 2, 3, 4, 5], **draw)  # type: ignore[arg-type]
+    text = str(tiny_tokenizer().decode(free[0].ids[4:6], skip_special_tokens=True))
+    stopped = ours.draw(PROMPTS, [1, 2, 3, 4, 5], **draw, stop=["nowhere", text])  # type: ignore[arg-type]
+    assert stopped[0].ids == free[0].ids[: len(stopped[0].ids)]
+    assert len(stopped[0].ids) <= 6
+    assert stopped[0].ended
+    for one, other in zip(stopped, free, strict=True):
+        if text not in tiny_tokenizer().decode(other.ids):
+            assert one.ids == other.ids
+            assert not one.ended
+
+
+def test_top_k_leaves_so_many_tokens() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(2000, 4)
+    counts = (
+        torch.bincount(sampling(1.0, 1.0, rows_of_seed(0), top_k=2)(logits, range(2000)), minlength=4) / 2000
+    )
+    expected = torch.tensor([2.0, 1.0]).softmax(0)
+    assert counts[2:].sum() == 0
+    assert torch.allclose(counts[:2], expected, atol=0.03)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from rayft.errors import JobError
 from rayft.rlhf.placement import Spot
-from rayft.rlhf.rewards import FunctionScorer, ModelScorer, RewardActor, checked
+from rayft.rlhf.rewards import FunctionScorer, HttpScorer, ModelScorer, RewardActor, checked
 from rayft.spec import RewardSource
 from tests.tiny import save_tiny
 from tests.unit.test_model_score import checkpoint_of, job_of
@@ -110,3 +113,82 @@ def test_a_reward_model_scores_as_the_verb_does(tmp_path: Path) -> None:
     found = ModelScorer(source(str(tmp_path / "reward"), "model"))(PROMPTS, ["xx", "yyy"], {})
     assert found == pytest.approx([row["scores"][0] for row in scored], rel=1e-6)
     assert found[0] != found[1]
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """Answers with what `replies` holds, one after another: a status, and a body or what makes one from the request."""
+
+    replies: ClassVar[list[tuple[int, Any]]] = []
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        status, body = self.replies.pop(0)
+        sent = json.dumps(body(asked) if callable(body) else body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(sent)))
+        self.end_headers()
+        self.wfile.write(sent)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/score"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def lengths(asked: dict[str, Any]) -> dict[str, Any]:
+    assert asked["prompts"][0] in PROMPTS
+    return {
+        "scores": [len(text) * want for text, want in zip(asked["completions"], asked["wanted"], strict=True)]
+    }
+
+
+def test_an_endpoint_scores_in_batches_and_is_asked_again(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayft.rlhf.rewards.time.sleep", lambda _: None)
+    Endpoint.replies = [(503, {}), (200, lengths), (429, {}), (200, lengths)]
+    scorer = HttpScorer(RewardSource(name="mine", type="http", path=endpoint, batch_size=1))  # type: ignore[call-arg]
+    assert scorer(PROMPTS, ["xx", "yyy"], {"wanted": [1, 2]}) == [2.0, 6.0]
+    assert Endpoint.replies == []
+
+
+@pytest.mark.parametrize(
+    ("replies", "words"),
+    [
+        ([(500, {})] * 2, ["it answered 500", "2 tries"]),
+        ([(404, {})], ["it answered 404", "1 try"]),
+        ([(200, {"score": [1, 2]})], ["answered without a list under `scores`"]),
+        ([(200, [1, 2])], ["answered without a list under `scores`"]),
+        ([(200, {"scores": [1]})], ["gave 1 scores for 2 answers"]),
+        ([(200, {"scores": [1, None]})], ["not numbers"]),
+        ([(200, {"scores": [1, float("nan")]})], ["gave nan for answer 2"]),
+    ],
+)
+def test_an_endpoint_that_misbehaves_is_one_sentence(
+    replies: list[tuple[int, Any]], words: list[str], endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayft.rlhf.rewards.time.sleep", lambda _: None)
+    Endpoint.replies = list(replies)
+    scorer = HttpScorer(RewardSource(name="mine", type="http", path=endpoint, retries=1))  # type: ignore[call-arg]
+    with pytest.raises(JobError) as caught:
+        scorer(PROMPTS, ["xx", "yyy"], {})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_endpoint_that_is_down_is_one_sentence() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        path = f"http://127.0.0.1:{closed.getsockname()[1]}/score"
+    scorer = HttpScorer(RewardSource(name="mine", type="http", path=path, retries=0))  # type: ignore[call-arg]
+    with pytest.raises(JobError, match=r"mine at http.*Connection refused \(1 try\)"):
+        scorer(PROMPTS, ["xx", "yyy"], {})
