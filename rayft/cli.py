@@ -38,6 +38,14 @@ def check(args: argparse.Namespace) -> int:
     return check_job(job, samples=args.samples)
 
 
+def doctor(args: argparse.Namespace) -> int:
+    """Look whether model, engine, reference and rewards of a job agree where learning from rewards rests on it."""
+    from rayft.rlhf.doctor import doctor as look_at
+    from rayft.spec import load_job
+
+    return look_at(load_job(args.job, args.overrides))
+
+
 def plan(args: argparse.Namespace) -> int:
     """Memory per rank for every ZeRO stage, from the model's config alone; after a run also what was measured."""
     from rayft.spec import load_job
@@ -156,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     verb("check", check, job=True).add_argument(
         "--samples", type=int, default=3, help="rows shown with their trained tokens (default 3)"
     )
+    verb("doctor", doctor, job=True)
     verb("plan", plan, job=True)
     sub = verb("export", export)
     sub.add_argument("run", help="run folder, local or s3://")

@@ -46,6 +46,7 @@ class ModelActor:
         torch.set_num_threads(spot.threads)
         self._examples: list[Sample] = []
         self._mini_batches: list[MiniBatch] = []
+        self._packed = self.plan.packed
 
     def where(self) -> tuple[str, list[int]]:
         """Address of the node, and the GPUs that Ray gave this process."""
@@ -71,15 +72,15 @@ class ModelActor:
             timeout=timedelta(seconds=max(COLLECTIVE_TIMEOUT_S, 2 * self.job.cluster.hang_timeout_s)),
         )
 
-    def take(self, examples: Sequence[Sample], mini_batches: Sequence[MiniBatch]) -> None:
-        """The answers of a step and the layout of its updates."""
-        self._examples, self._mini_batches = list(examples), list(mini_batches)
+    def take(self, examples: Sequence[Sample], mini_batches: Sequence[MiniBatch], packed: bool) -> None:
+        """The answers of a step, the layout of its updates, and whether answers share a row."""
+        self._examples, self._mini_batches, self._packed = list(examples), list(mini_batches), packed
 
     def _batches(self, mini_batch: MiniBatch, columns: Columns) -> Iterator[dict[str, Any]]:
         for own in mini_batch.ranks[self.rank]:
             values = {name: [arrays[i] for i in own] for name, arrays in columns.items()}
             examples = [self._examples[i] for i in own]
-            yield token_tensors(examples, values, packed=self.plan.packed, pad_id=self.plan.pad_id)
+            yield token_tensors(examples, values, packed=self._packed, pad_id=self.plan.pad_id)
 
     def _by_answer(self, results: Iterator[torch.Tensor]) -> dict[int, np.ndarray]:
         """Values of the tokens of each of this rank's answers, float32."""

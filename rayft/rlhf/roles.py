@@ -167,11 +167,14 @@ class Roles:
         )
         return total, found
 
-    def take(self, rollouts: Sequence[Rollout], mini_batches: Sequence[MiniBatch]) -> None:
-        """Give every model the answers of the step."""
+    def take(
+        self, rollouts: Sequence[Rollout], mini_batches: Sequence[MiniBatch], *, packed: bool | None = None
+    ) -> None:
+        """Give every model the answers of the step. packed: where it is not as planned."""
+        packed = self.plan.packed if packed is None else packed
         examples = ray.put([rollout.example for rollout in rollouts])
         layout = ray.put(list(mini_batches))
-        wait([group.set_up("take", examples, layout) for group in self._models()], self.timeout_s)
+        wait([group.set_up("take", examples, layout, packed) for group in self._models()], self.timeout_s)
 
     def old_logprobs(self, count: int) -> list[np.ndarray]:
         """The policy's log-probabilities of the answers' tokens, before the step's updates."""
