@@ -115,6 +115,19 @@ def ratings(args: argparse.Namespace) -> int:
     return report(Path(args.folder), Console())
 
 
+def rollouts(args: argparse.Namespace) -> int:
+    """Look at the answers that a run learned from: browse, filter, compare two steps, replay one."""
+    if args.replay is not None:
+        from rayft.rlhf.replay import replay
+
+        return replay(args.run, args.replay)
+    from rayft.rlhf.browse import browse, compare
+
+    if args.compare:
+        return compare(args.run, *args.compare, limit=args.limit)
+    return browse(args.run, step=args.step, where=args.where, sort=args.sort, limit=args.limit)
+
+
 def schema(args: argparse.Namespace) -> int:
     """Print the JSON schema of a job file."""
     from rayft.spec import job_schema
@@ -211,6 +224,28 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--seed", type=int, default=0, help="of the order and of the answers")
     verb("ratings", ratings).add_argument("folder", help="what `rayft rate` wrote to")
+    sub = verb("rollouts", rollouts)
+    sub.add_argument("run", help="run folder, local or s3://")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--step", type=int, help="show answers of this step (default: a line for every step)")
+    what.add_argument(
+        "--compare", type=int, nargs=2, metavar=("STEP", "STEP"), help="what changed between two steps"
+    )
+    what.add_argument(
+        "--replay",
+        type=int,
+        metavar="STEP",
+        help="put a step through the loss again, with the weights of then",
+    )
+    sub.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="only answers such as score<0.5, ended=false or text~pattern; repeatable",
+    )
+    sub.add_argument("--sort", metavar="COLUMN", help="by a column such as score, or falling: --sort=-score")
+    sub.add_argument("--limit", type=int, default=5, help="answers that are shown (default 5)")
     verb("schema", schema)
     sub = verb("chat", chat)
     sub.add_argument("model", help="model folder, hub id or run folder")

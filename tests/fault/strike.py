@@ -1,0 +1,108 @@
+"""`rayft run JOB` that loses a process at given moments: `python -m tests.fault.strike JOB STRIKES LOG`.
+
+STRIKES is a JSON file, a list of [whom, when], which gets shorter with every strike: whom is a role, `node` (one that a rank of the
+policy is on) or `driver`, when is one of the phases below. Between two strikes a step is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rayft.cli import main
+from rayft.rlhf import group, loop
+
+#: Phase -> the method whose call is a sign of it.
+PHASES = {
+    "generation": "generate",
+    "update": "update",
+    "sync": "ship",
+    "checkpoint": "save",
+    "scoring": "logprobs",
+}
+ACTORS = {
+    "policy": "ray::PolicyActor",
+    "critic": "ray::CriticActor",
+    "reference": "ray::ReferenceActor",
+    "reward": "ray::RewardActor",
+    "rollout": "ray::EngineActor",
+}
+
+
+def processes(sign: str) -> list[psutil.Process]:
+    """Live processes with a sign in their command line."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if sign in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def kill_node_of(process: psutil.Process) -> None:
+    """SIGKILL a process's raylet and everything below it."""
+    raylet = next(parent for parent in process.parents() if "raylet" in parent.name())
+    below = raylet.children(recursive=True)
+    for one in [raylet, *below]:
+        with contextlib.suppress(psutil.Error):
+            one.kill()
+
+
+class Striker:
+    """Strikes at the first call of the phase that is up, once a step has been taken since the last strike."""
+
+    def __init__(self, file: Path, log: Path) -> None:
+        self._file, self._log = file, log
+        self._left: list[list[str]] = json.loads(file.read_text())
+        self._steps = 0
+
+    def step(self) -> None:
+        """A step is done."""
+        self._steps += 1
+
+    def called(self, method: str) -> None:
+        """A method was called somewhere."""
+        if not self._left or self._steps == 0 or PHASES[self._left[0][1]] != method:
+            return
+        whom, when = self._left.pop(0)
+        self._steps = 0
+        self._file.write_text(json.dumps(self._left))
+        with self._log.open("a") as file:
+            file.write(f"{whom} {when}\n")
+        time.sleep(0.02)
+        if whom == "driver":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if whom == "node":
+            kill_node_of(processes(ACTORS["policy"])[-1])
+        else:
+            processes(ACTORS[whom])[-1].kill()
+
+
+def install(striker: Striker) -> None:
+    """Have the striker see every call and every step."""
+    ask, record = group.Task.ask, loop.Loop._record
+
+    def asking(self: group.Task) -> None:
+        ask(self)
+        striker.called(self.method)
+
+    def recording(self: loop.Loop, *arguments: Any) -> None:
+        record(self, *arguments)
+        striker.step()
+
+    group.Task.ask = asking  # type: ignore[method-assign]
+    loop.Loop._record = recording  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    job, strikes, log = sys.argv[1:]
+    install(Striker(Path(strikes), Path(log)))
+    sys.exit(main(["run", job]))
