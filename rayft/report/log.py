@@ -5,7 +5,8 @@ Rows (every row also gets `time` in seconds since 1970, `epoch` of the lease and
     {"kind": "step", "step", "position", "loss", "grad_norm", "learning_rate", "rows", "tokens", "trained_tokens",
      "tokens_per_s", "trained_tokens_per_s", "padding", "seconds": {"data", "forward", "backward", "optimizer",
      "checkpoint"}, "peak_memory_gb": [one per rank], "metrics": {the method's own, means over the step}}
-    {"kind": "eval", "step", "loss", "tokens" (or, where the loss is a mean over them, "rows"), "metrics"}
+    {"kind": "eval", "step", "loss" (none where rewards score answers), "tokens" (or, where all is a mean over them, "rows"),
+        "metrics"}
     {"kind": "suites", "when": "before" | "after", "step", "results": {suite: {metric: value}}}
     {"kind": "event", "event", "message", ...}; `start` and `resume` carry `resumed_step`, `end` `code` and `terminal`
 

@@ -43,7 +43,8 @@ class Progress:
             self._step(row)
         elif kind == "eval":
             unit = "tokens" if "tokens" in row else "rows"
-            found = ", ".join([f"loss {value(row['loss'])}", *_shown(row)])
+            loss = [f"loss {value(row['loss'])}"] if "loss" in row else []
+            found = ", ".join([*loss, *_shown(row)])
             self._print(f"eval at step {row['step']}: {found} on {count(row[unit])} {unit}", "cyan")
         elif kind == "suites":
             self._print(f"suites {row['when']} training: {', '.join(row['results']) or 'none'}", "cyan")

@@ -139,16 +139,16 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
         if memory:
             lines["peak memory"] = f"{max(memory):.2f} GB per rank"
     if evals:
-        best = min(evals, key=lambda row: math.inf if row["loss"] is None else row["loss"])
-        lines["evaluation loss"] = (
-            f"{value(evals[-1]['loss'])}, best {value(best['loss'])} at step {best['step']}"
-        )
-        for name in evals[-1].get("metrics") or {}:
+        if "loss" in evals[-1]:
+            best = min(evals, key=lambda row: math.inf if row["loss"] is None else row["loss"])
+            lines["evaluation loss"] = (
+                f"{value(evals[-1]['loss'])}, best {value(best['loss'])} at step {best['step']}"
+            )
+        for name, number in (evals[-1].get("metrics") or {}).items():
             if len(evals) > 1:
-                first, last = (value(row["metrics"][name]) for row in (evals[0], evals[-1]))
-                lines[f"evaluation {name.replace('_', ' ')}"] = (
-                    f"{first} at step {evals[0]['step']} to {last}"
-                )
+                first = (evals[0].get("metrics") or {}).get(name)
+                since = "" if first is None else f"{value(first)} at step {evals[0]['step']} to "
+                lines[f"evaluation {name.replace('_', ' ')}"] = since + value(number)
     if saved:
         lines["checkpoints"] = f"{len(saved)}, the last at step {saved[-1]['step']}"
     if resumed:

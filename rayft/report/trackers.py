@@ -50,7 +50,7 @@ def metrics_of(row: Row) -> dict[str, float]:
         if row.get("peak_memory_gb"):
             found["train/peak_memory_gb"] = max(row["peak_memory_gb"])
     elif row["kind"] == "eval":
-        found = {"eval/loss": row["loss"]}
+        found = {"eval/loss": row.get("loss")}
         found |= {f"eval/{name}": number for name, number in row.get("metrics", {}).items()}
     elif row["kind"] == "suites":
         found = {

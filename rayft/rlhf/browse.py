@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rayft.errors import JobError
+from rayft.rlhf.kept import key_of
 from rayft.storage import ObjectNotFound, Store, open_store
 
 Row = dict[str, Any]
@@ -82,14 +83,18 @@ def compare(run: str, first: int, second: int, *, limit: int = 5, console: Conso
 def read_step(store: Store, step: int) -> list[Row]:
     """The answers of a step with what was learned from them. Raises JobError, naming what there is, if it was not kept."""
     try:
-        data = store.get(_key(step))
+        return read_rows(store, key_of(step))
     except ObjectNotFound:
         there = steps_of(store)
         kept = f"it has steps {there[0]} to {there[-1]}" if there else "it has none"
         raise JobError(
             f"The run at {store.uri} has no rollouts of step {step}; {kept}.", "Name one of these."
         ) from None
-    rows: list[Row] = pq.read_table(io.BytesIO(data)).to_pylist()
+
+
+def read_rows(store: Store, key: str) -> list[Row]:
+    """The rows of a file of answers. Raises ObjectNotFound."""
+    rows: list[Row] = pq.read_table(io.BytesIO(store.get(key))).to_pylist()
     return rows
 
 
@@ -194,7 +199,3 @@ def _numbers(rows: Sequence[Row]) -> list[str]:
 
 def _mean(rows: Sequence[Row], name: str, row: int | None = None) -> float:
     return float(np.mean([_value(r, name) for r in rows if row is None or r["row"] == row]))
-
-
-def _key(step: int) -> str:
-    return f"rollouts/step-{step:06d}.parquet"

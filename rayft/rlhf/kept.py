@@ -18,13 +18,13 @@ from rayft.storage import Store
 
 def keep_rollouts(
     store: Store,
-    step: int,
+    key: str,
     rollouts: Sequence[Rollout],
     by_source: dict[str, np.ndarray],
     scores_S: np.ndarray,
     columns: Columns,
 ) -> None:
-    """Write `rollouts/step-N.parquet`, a row for each answer."""
+    """Write a Parquet file with a row for each answer."""
     rows: dict[str, list[Any]] = {
         "row": [r.prompt.row for r in rollouts],
         "position": [r.prompt.position for r in rollouts],
@@ -42,4 +42,9 @@ def keep_rollouts(
     rows |= {name: [np.asarray(a, np.float64).tolist() for a in arrays] for name, arrays in columns.items()}
     sink = io.BytesIO()
     pq.write_table(pa.table(rows), sink, compression="zstd")
-    store.put(f"rollouts/step-{step:06d}.parquet", sink.getvalue())
+    store.put(key, sink.getvalue())
+
+
+def key_of(step: int) -> str:
+    """Where the answers that a step was trained on lie."""
+    return f"rollouts/step-{step:06d}.parquet"

@@ -25,7 +25,8 @@ from rayft.rlhf.experience import (
     uniform_groups,
     weights_of,
 )
-from rayft.rlhf.kept import keep_rollouts
+from rayft.rlhf.held_out import HeldOut
+from rayft.rlhf.kept import keep_rollouts, key_of
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.prompts import PromptSet
 from rayft.rlhf.roles import Roles
@@ -70,11 +71,13 @@ class Loop:
         recorder: Any,
         store: Store,
         between: Callable[[], str],
+        held_out: HeldOut | None = None,
     ) -> None:
-        """between: called after every step; says why to stop, or nothing."""
+        """between: called after every step; says why to stop, or nothing. held_out: measured as group `eval` says."""
         self.plan, self.job, self.rl = plan, plan.job, plan.job.rl
         self.prompts, self.roles, self.state = prompts, roles, state
         self.recorder, self.store, self._between = recorder, store, between
+        self.held_out = held_out
         self._ahead = Ahead() if self.job.rollout.lag else None
         if self._ahead and state.ahead:
             self._ahead.have(kept_ahead(store, state.ahead, prompts))
@@ -88,7 +91,10 @@ class Loop:
         job, rl, roles, state = self.job, self.rl, self.roles, self.state
         if state.step == 0 and job.eval.before:
             roles.suites("before", 0)
+            self._measure_held_out()
         while state.step < self.plan.total_steps:
+            if state.step and self.job.eval.every_steps and state.step % self.job.eval.every_steps == 0:
+                self._measure_held_out()
             began = time.perf_counter()
             step = self._next()
             if not step.rollouts:
@@ -121,7 +127,8 @@ class Loop:
             state.step, state.position = state.step + 1, step.next_position
             state.tokens += sum(lengths)
             with step.timed("dump"):
-                keep_rollouts(self.store, state.step, rollouts, step.by_source, step.scores_S, columns)
+                key = key_of(state.step)
+                keep_rollouts(self.store, key, rollouts, step.by_source, step.scores_S, columns)
             self._record(step, lengths, metrics, results, critic_results, rate, time.perf_counter() - began)
             stop = self._between()
             if stop or state.step % self.plan.checkpoint_every == 0 or state.step == self.plan.total_steps:
@@ -130,6 +137,7 @@ class Loop:
                 self._stop(stop)
         self._finish_saving()
         roles.suites("after", state.step)
+        self._measure_held_out()
 
     # -- the parts of the loop ---------------------------------------------------------------------------------
 
@@ -144,13 +152,22 @@ class Loop:
         if self._ahead and self.state.step + 1 < self.plan.total_steps:
             self._ahead.begin(self._answers, step.next_position)
         if drawn:
-            step.seconds["waiting"] = waited
+            step.ahead, step.seconds = step.seconds, {"waiting": waited}
         step.sync |= sync
         wanted = max(0, self.state.step - self.job.rollout.lag)
         assert all(rollout.version == wanted for rollout in step.rollouts), (
             f"answers are not of version {wanted}"
         )
         return step
+
+    def _measure_held_out(self) -> None:
+        if self.held_out is None:
+            return
+        if self._ahead and self._ahead.begun:
+            self._ahead.look()  # the engines are not free before
+        metrics = self.held_out.measure(self.roles, self.state.step)
+        rows = len(self.held_out.prompts)
+        self.recorder.row.remote({"kind": "eval", "step": self.state.step, "rows": rows, "metrics": metrics})
 
     def _sync(self) -> dict[str, float]:
         began = time.perf_counter()
@@ -238,6 +255,7 @@ class Loop:
             "trained_tokens_per_s": answered / seconds,
             "padding": 0.0,
             "seconds": {name: round(value, 4) for name, value in step.seconds.items()},
+            "ahead_seconds": {name: round(value, 4) for name, value in step.ahead.items()},
             "sync": {name: round(value, 6) for name, value in step.sync.items()},
             "peak_memory_gb": self.roles.peak_memory_gb(),
             "metrics": metrics,

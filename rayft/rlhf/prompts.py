@@ -45,8 +45,10 @@ class Taken:
 class PromptSet:
     """All rows of data.train, read when they are needed; what comes when follows from the position alone."""
 
-    def __init__(self, data: Data, chat: ChatTokenizer, *, seed: int, longest: int, node_dir: Path) -> None:
-        """longest: tokens a prompt may have. Raises DataError for sources without rows."""
+    def __init__(
+        self, data: Data, chat: ChatTokenizer, *, seed: int | None, longest: int, node_dir: Path
+    ) -> None:
+        """seed: of the order; None: as they come. longest: tokens a prompt may have. Raises DataError for sources without rows."""
         self.data, self.chat, self.longest, self._node_dir = data, chat, longest, node_dir
         tables = [
             [(source, table) for table in open_tables(source, every=EVERY, node_dir=node_dir)]

@@ -126,10 +126,13 @@ class Roles:
             return {}
         return self.engines.send(version, self.policy)
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Answers to the prompts, `num_generations` to each, by the weights of the last sync."""
-        num_generations = self.job.rl.num_generations or 1
-        units = units_of(prompts, num_generations, self.job.rollout.unit_prompts, self.job.seed)
+    def generate(
+        self, prompts: Sequence[Prompt], *, num_generations: int | None = None, seed: int | None = None
+    ) -> list[Rollout]:
+        """Answers to the prompts, `num_generations` (default: the job's) to each, by the weights of the last sync."""
+        num_generations = num_generations or self.job.rl.num_generations or 1
+        seed = self.job.seed if seed is None else seed
+        units = units_of(prompts, num_generations, self.job.rollout.unit_prompts, seed)
         done = self.engines.generate(units) if self.engines is not None else self._generate_inside(units)
         flat = [(done[unit.number][0], *pair) for unit in units for pair in done[unit.number][1]]
         return collect(prompts, num_generations, flat)

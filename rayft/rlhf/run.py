@@ -13,11 +13,12 @@ from rayft.objectives.kl import KlController
 from rayft.report.lineage import write_lineage
 from rayft.report.progress import Progress
 from rayft.rlhf.group import RoleDied
+from rayft.rlhf.held_out import HeldOut
 from rayft.rlhf.loop import Loop, State
 from rayft.rlhf.plan import RlPrepared, prepare
 from rayft.rlhf.roles import Roles
 from rayft.spec import Job
-from rayft.storage import Store
+from rayft.storage import Store, node_cache_dir
 from rayft.train.finish import finish
 from rayft.train.fit import refuse_lost
 from rayft.train.history import End, refuse_other_origin
@@ -65,6 +66,10 @@ class Driver:
         self._progress = Progress(console, self.plan.total_steps, every=self.job.log.every_steps)
         self._shown = 0
         self._stop_reason = ""
+        self._held_out: HeldOut | None = None
+        if self.job.data.eval:
+            chat = prepared.prompts.chat
+            self._held_out = HeldOut(self.plan, chat, store, node_cache_dir() / "data")
 
     def ask_to_stop(self, reason: str) -> None:
         """Save and end after the step under way."""
@@ -122,7 +127,16 @@ class Driver:
         if step is not None:
             state.restore(step, CheckpointReader(self.store, step).state)
         roles.begin(epoch, step, lost)
-        Loop(self.plan, self.prepared.prompts, roles, state, self.recorder, self.store, self._between).train()
+        Loop(
+            self.plan,
+            self.prepared.prompts,
+            roles,
+            state,
+            self.recorder,
+            self.store,
+            self._between,
+            self._held_out,
+        ).train()
 
     def _between(self) -> str:
         self.show()

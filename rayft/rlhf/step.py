@@ -14,7 +14,10 @@ from rayft.rlhf.rollout import Rollout
 
 @dataclass
 class Step:
-    """The answers of a step. ledger: what became of each prompt that was drawn. sync: what sending the weights took."""
+    """The answers of a step. ledger: what became of each prompt that was drawn.
+
+    seconds: by phase, of the step's own time; ahead: of the time beside the step before. sync: what sending the weights took.
+    """
 
     rollouts: list[Rollout]
     scores_S: np.ndarray
@@ -22,6 +25,7 @@ class Step:
     next_position: int
     ledger: dict[str, list[int]]
     seconds: dict[str, float] = field(default_factory=dict)
+    ahead: dict[str, float] = field(default_factory=dict)
     sync: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager

@@ -165,10 +165,8 @@ class Job(Group):
             raise ValueError(
                 "train.tokens_per_step is for rows that are there before; use global_batch_size, prompts of a step"
             )
-        if self.data.eval or self.eval.every_steps:
-            raise ValueError(
-                "data.eval measures a loss on given answers, of which there are none here; use eval.suites"
-            )
+        if not any(source.weight for source in self.rewards):
+            raise ValueError("rewards: every weight is 0, so nothing would be learned")
         if self.rollout.max_new_tokens >= self.data.max_length:
             raise ValueError(
                 f"rollout.max_new_tokens {self.rollout.max_new_tokens} leaves no room for a prompt in data.max_length "

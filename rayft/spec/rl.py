@@ -302,7 +302,7 @@ class RewardSource(Group):
         "rows as lists; it returns a list of numbers. model: one made by `method: reward` (a run, folder or hub id). http: a URL "
         "that is sent the same as JSON and answers with a list under `scores`."
     )
-    weight: float = 1.0
+    weight: float = Field(1.0, description="0: measured, and not learned from.")
     timeout_s: PositiveFloat = Field(300.0, description="Seconds that a step's scores may take.")
     retries: int | None = Field(
         None, ge=0, description="http: how often a request that failed is made again (default: 3)."
@@ -318,8 +318,6 @@ class RewardSource(Group):
 
     @model_validator(mode="after")
     def _agrees(self) -> RewardSource:
-        if self.weight == 0:
-            raise ValueError("weight 0 does nothing; leave the reward out")
         if self.type == "function" and not all(part.strip() for part in self.path.rpartition(":")):
             raise ValueError(f"path {self.path!r} of a function is `file.py:name` or `module:name`")
         if self.type == "http" and not self.path.startswith(("http://", "https://")):

@@ -24,7 +24,11 @@ LORA = {"type": "lora", "lora_r": 4, "target_modules": "all-linear"}
 #: Method -> its groups. Between them: both kinds of reference and none, a critic, both kinds of reward, ZeRO 0 to 2.
 CELLS: dict[str, dict[str, Any]] = {
     "grpo": {"adapter": LORA, "zero": {"stage": 2}},
-    "ppo": {"rl": {"kl_target": 1.0, "num_mini_batches": 2}, "zero": {"stage": 1}},
+    "ppo": {
+        "rl": {"kl_target": 1.0, "num_mini_batches": 2},
+        "zero": {"stage": 1},
+        "eval": {"every_steps": 2},
+    },
     "rloo": {"zero": {"stage": 0}, "rollout": {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.9}},
     "reinforce++": {"adapter": LORA, "cluster": {"num_workers": 1}},
     "dapo": {"rl": {"num_generations": 4, "overlong_buffer": 4}, "data": {"packing": False}},
@@ -49,6 +53,8 @@ def run(job: Any, folder: Path) -> int:
 def test_a_run_asks_learns_and_exports(method: str, folder: Path, local_ray: None) -> None:
     name = method.replace("_", "-").replace("+", "p")
     groups = {key: dict(group) for key, group in CELLS[method].items()}
+    if method == "ppo":
+        groups["data"] = {"eval": [{"path": str(folder / "prompts.jsonl"), "limit": 5}]}
     if "data" in groups:
         groups["data"] = {**rl_job(folder, method).data.model_dump(exclude_unset=True), **groups["data"]}
     model = {"name": "model", "type": "model", "path": str(folder / "scorer"), "weight": 0.5}
@@ -70,6 +76,25 @@ def test_a_run_asks_learns_and_exports(method: str, folder: Path, local_ray: Non
         assert first["clip_fraction"] == 0.0
     if method == "ppo":
         assert {"value_loss", "score/small", "score/model"} <= first.keys()
+        held_out = {row["step"]: row["metrics"] for row in log if row["kind"] == "eval"}
+        assert list(held_out) == [0, 2, 4]
+        assert held_out[0]["kl"] == 0.0
+        assert held_out[0]["score"] == pytest.approx(
+            held_out[0]["score/small"] + 0.5 * held_out[0]["score/model"]
+        )
+        assert {"win_rate/small", "win_rate/model", "score_stderr"} <= held_out[4].keys()
+        before, after = (
+            pq.read_table(
+                io.BytesIO(open_store(uri).get(f"rollouts/held-out-00000{step}.parquet"))
+            ).to_pylist()
+            for step in (0, 4)
+        )
+        assert len(before) == 5
+        wins = [
+            (a["score/small"] > b["score/small"]) + (a["score/small"] == b["score/small"]) / 2
+            for a, b in zip(after, before, strict=True)
+        ]
+        assert held_out[4]["win_rate/small"] == pytest.approx(sum(wins) / 5)
         assert steps[-1]["metrics"]["kl_coef"] != first["kl_coef"]
     ledger = [row for row in log if row["kind"] == "ledger"]
     seen = [row for entry in ledger for what in ("trained", "uniform") for row in entry[what]]

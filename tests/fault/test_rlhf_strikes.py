@@ -22,7 +22,7 @@ from tests.runs import ROOT, assert_same_state, events, rayft, write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-STEPS = 8
+STEPS = 10
 HEALTH_CHECK = {
     "health_check_period_ms": 1000,
     "health_check_timeout_ms": 5000,

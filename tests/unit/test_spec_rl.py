@@ -75,7 +75,7 @@ def test_what_the_methods_choose() -> None:
         ("grpo", {"rl": {"clip_low": 1.5}}, "rl.clip_low 1.5"),
         ("dapo", {"rl": {"overlong_buffer": 999}}, "rl.overlong_buffer 999 is more than"),
         ("grpo", {"rl": {"importance_cap": 0.5}}, "rl.importance_cap = 0.5"),
-        ("grpo", {"rewards": [{**REWARDS[0], "weight": 0}]}, "weight 0 does nothing"),
+        ("grpo", {"rewards": [{**REWARDS[0], "weight": 0}]}, "every weight is 0"),
         ("grpo", {"rollout": {"lag": 1}}, "rollout.lag 1 needs rollout.engines"),
         ("grpo", {"placement": {"critic": {"apart": True}}}, "has no critic"),
         ("dapo", {"placement": {"reference": {"apart": True}}}, "there is no reference"),

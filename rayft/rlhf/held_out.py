@@ -1,0 +1,93 @@
+"""Answers to prompts that are never trained on: their rewards, how far the policy has moved, how often it beats its beginning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rayft.data.template import ChatTokenizer
+from rayft.rlhf.browse import read_rows
+from rayft.rlhf.experience import lay_out
+from rayft.rlhf.kept import keep_rollouts
+from rayft.rlhf.plan import RlPlan
+from rayft.rlhf.prompts import PromptSet
+from rayft.rlhf.roles import Roles
+from rayft.rlhf.rollout import Rollout
+from rayft.storage import ObjectNotFound, Store
+
+#: Added to the run's seed, so that no held-out answer is drawn from a stream that a trained one is drawn from.
+SEED = 1 << 32
+
+
+class HeldOut:
+    """The prompts of data.eval, each answered once at the temperature of the rollouts, by the same seeds every time."""
+
+    def __init__(self, plan: RlPlan, chat: ChatTokenizer, store: Store, node_dir: Path) -> None:
+        self.plan, self.store = plan, store
+        data = plan.job.data.model_copy(update={"train": plan.job.data.eval})
+        longest = data.max_length - plan.job.rollout.max_new_tokens
+        prompts = PromptSet(data, chat, seed=None, longest=longest, node_dir=node_dir)
+        self.prompts = prompts.take(0, prompts.order.epoch_rows(), prompts.order.epoch_rows()).prompts
+
+    def measure(self, roles: Roles, step: int) -> dict[str, float]:
+        """Metrics of the policy after so many steps; keeps the answers as `rollouts/held-out-N.parquet`.
+
+        score (and each source's, `score/NAME`) with its standard error and deviation over prompts; kl: nats an answer to the
+        reference, where there is one; win_rate/NAME: share of prompts whose answer the source scores higher than that of the
+        policy before training, ties half.
+        """
+        job = self.plan.job
+        roles.sync(step)
+        rollouts = roles.generate(self.prompts, num_generations=1, seed=job.seed + SEED)
+        scores_S, by_source = roles.score(rollouts)
+        metrics = _described("score", scores_S)
+        if len(by_source) > 1:
+            for name, scores in by_source.items():
+                metrics |= _described(f"score/{name}", scores)
+        metrics["length"] = float(np.mean([len(r.ids) for r in rollouts]))
+        metrics["truncated"] = float(np.mean([not r.ended for r in rollouts]))
+        if self.plan.reference is not None:
+            metrics["kl"] = self._kl(roles, rollouts)
+        keep_rollouts(self.store, key(step), rollouts, by_source, scores_S, {})
+        if step > 0:
+            metrics |= self._win_rates(by_source)
+        return metrics
+
+    def _kl(self, roles: Roles, rollouts: Sequence[Rollout]) -> float:
+        job = self.plan.job.model_copy(
+            update={"rl": self.plan.job.rl.model_copy(update={"num_mini_batches": 1})}
+        )
+        lengths = [len(r.prompt.ids) + len(r.ids) for r in rollouts]
+        roles.take(rollouts, lay_out(lengths, job, ranks=len(roles.policy), packed=self.plan.packed, step=0))
+        own, reference = roles.old_logprobs(len(rollouts)), roles.reference_logprobs(len(rollouts))
+        assert reference is not None
+        return float(np.mean([(a - b).sum() for a, b in zip(own, reference, strict=True)]))
+
+    def _win_rates(self, by_source: dict[str, np.ndarray]) -> dict[str, float]:
+        try:
+            before = read_rows(self.store, key(0))
+        except ObjectNotFound:  # eval.before was false
+            return {}
+        rates: dict[str, float] = {}
+        for name, scores in by_source.items():
+            start = np.array([row[f"score/{name}"] for row in before])
+            wins = np.where(scores == start, 0.5, scores > start)
+            rates |= {f"win_rate/{name}": float(wins.mean())}
+        return rates
+
+
+def key(step: int) -> str:
+    """Where the held-out answers of a step lie."""
+    return f"rollouts/held-out-{step:06d}.parquet"
+
+
+def _described(name: str, scores: np.ndarray) -> dict[str, float]:
+    deviation = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
+    return {
+        name: float(scores.mean()),
+        f"{name}_stderr": deviation / math.sqrt(len(scores)),
+        f"{name}_std": deviation,
+    }
