@@ -24,12 +24,14 @@ Bucket = list[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Shipment:
-    """One bucket: names and dtypes of its tensors, where their bytes lie, how many, and their checksum.
+    """One bucket: names, dtypes and shapes of its tensors, where their bytes lie, how many, and their checksum.
 
     ref: of a list of uint8 arrays, one a tensor. In a list, so that Ray hands it on as it is.
     """
 
     names: list[str]
+    dtypes: list[torch.dtype]
+    shapes: list[tuple[int, ...]]
     ref: list[Any]
     size: int
     checksum: str
@@ -64,7 +66,16 @@ def ship(buckets: Iterable[Bucket], rank: int, world_size: int) -> Shipped:
             found = checksum(array.data for array in arrays)
             began = shipped.spend("checksum", began)
             size = sum(array.nbytes for array in arrays)
-            shipped.shipments.append(Shipment([name for name, _ in bucket], [ref], size, found))
+            shipped.shipments.append(
+                Shipment(
+                    [name for name, _ in bucket],
+                    [tensor.dtype for _, tensor in bucket],
+                    [tuple(tensor.shape) for _, tensor in bucket],
+                    [ref],
+                    size,
+                    found,
+                )
+            )
     shipped.spend("gather", began)
     return shipped
 
@@ -81,11 +92,27 @@ def receive(module: nn.Module, shipments: Sequence[Shipment]) -> tuple[list[str]
         began = shipped.spend("get", began)
         held = [parameters[name] for name in shipment.names]
         for parameter, array in zip(held, arrays, strict=True):
-            parameter.data.copy_(tensor_of(array, parameter))
+            parameter.data.copy_(tensor_of(array, parameter.dtype, parameter.shape))
         began = shipped.spend("copy", began)
         found.append(checksum(bytes_of(parameter.data).data for parameter in held))
         shipped.spend("checksum", began)
     return found, shipped.seconds
+
+
+def unpack(shipments: Sequence[Shipment]) -> tuple[Bucket, list[str], dict[str, float]]:
+    """All tensors of the buckets as they lie in the object store, the checksum of each bucket there, and times."""
+    shipped = Shipped()
+    named: Bucket = []
+    found = []
+    for shipment in shipments:
+        began = time.perf_counter()
+        arrays = ray.get(shipment.ref, timeout=600)[0]
+        began = shipped.spend("get", began)
+        parts = zip(shipment.names, arrays, shipment.dtypes, shipment.shapes, strict=True)
+        named += [(name, tensor_of(array, dtype, shape)) for name, array, dtype, shape in parts]
+        found.append(checksum(array.data for array in arrays))
+        shipped.spend("checksum", began)
+    return named, found, shipped.seconds
 
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
@@ -93,8 +120,8 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def tensor_of(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of the shape and dtype of another over the same bytes, not to be written to."""
+def tensor_of(array: np.ndarray, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor over the same bytes, not to be written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
-        return torch.from_numpy(array).view(like.dtype).view(like.shape)
+        return torch.from_numpy(array).view(dtype).view(tuple(shape))

@@ -149,6 +149,8 @@ class Job(Group):
             raise ValueError(
                 f"rl.critic_warmup_steps {rl.critic_warmup_steps} leaves none of the {self.train.max_steps} steps to the policy"
             )
+        if self.rollout.engine == "vllm" and (self.adapter.modules_to_save or self.adapter.use_dora):
+            raise ValueError("rollout.engine vllm takes plain LoRA: no adapter.modules_to_save, no use_dora")
         self._placement_agrees()
         if self.adapter.type == "qlora":
             raise ValueError(f"adapter.type qlora is not there yet for method {self.method}; use lora")

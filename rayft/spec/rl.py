@@ -232,7 +232,10 @@ class Rl(Group):
 class Rollout(Group):
     """How answers are drawn."""
 
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
+    vllm: dict[str, Any] = Field(
+        default_factory=dict, description="engine vllm: further arguments of `vllm.LLM`, passed through."
+    )
     engines: int = Field(
         0,
         ge=0,
@@ -263,7 +266,19 @@ class Rollout(Group):
         return int(self.bucket_mb * 1e6)
 
     @model_validator(mode="after")
-    def _lag_needs_engines(self) -> Rollout:
+    def _agrees(self) -> Rollout:
+        if self.engine == "vllm":
+            if not self.engines:
+                raise ValueError(
+                    "rollout.engine vllm needs rollout.engines 1 or more: it cannot work on the policy's own tensors"
+                )
+            if self.top_p < 1 or self.top_k is not None:
+                raise ValueError(
+                    "rollout.top_p and rollout.top_k are not for engine vllm: the probabilities it tells are those of what they "
+                    "leave, and the trainer's are not"
+                )
+        elif self.vllm:
+            raise ValueError("rollout.vllm is for engine vllm")
         if self.lag and not self.engines:
             raise ValueError(
                 "rollout.lag 1 needs rollout.engines 1 or more: inside the policy's processes nothing can be drawn while "
