@@ -30,19 +30,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 10
 LORA = {"type": "lora", "lora_r": 4, "target_modules": "all-linear"}
 
-#: Name -> method, groups, and the roles of which a process is killed one after another, each once steps are taken again.
+AHEAD = {"rollout": {"max_new_tokens": 12, "unit_prompts": 2, "engines": 1, "lag": 1}}
+PPO = {"rl": {"kl_target": 1.0, "num_mini_batches": 2, "num_epochs": 2}, "zero": {"stage": 2}}
+GRPO = {"adapter": LORA, "rl": {"num_generations": 4, "kl_target": 1.0}, "zero": {"stage": 2}}
+
+#: Name -> method, groups, and the learners of which a process is killed one after another, each once steps are taken again.
 KINDS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    "ppo": (
-        "ppo",
-        {"rl": {"kl_target": 1.0, "num_mini_batches": 2, "num_epochs": 2}, "zero": {"stage": 2}},
-        ["PolicyActor", "CriticActor"],
-    ),
-    "grpo_lora": (
-        "grpo",
-        {"adapter": LORA, "rl": {"num_generations": 4, "kl_target": 1.0}, "zero": {"stage": 2}},
-        ["RewardActor", "PolicyActor"],
-    ),
-    "reinforce": ("reinforce++", {"zero": {"stage": 0}}, ["ReferenceActor", "RewardActor", "PolicyActor"]),
+    "ppo": ("ppo", PPO, ["PolicyActor", "CriticActor"]),
+    "ppo_ahead": ("ppo", {**PPO, **AHEAD}, ["CriticActor", "PolicyActor"]),
+    "grpo_lora": ("grpo", GRPO, ["PolicyActor"]),
+    "grpo_lora_ahead": ("grpo", {**GRPO, **AHEAD}, ["PolicyActor"]),
+    "reinforce": ("reinforce++", {"zero": {"stage": 0}}, ["PolicyActor"]),
 }
 
 
@@ -99,7 +97,7 @@ def at_work(uri: Path, attempts: int) -> bool:
     "kind", [pytest.param(kind, marks=[] if kind == "grpo_lora" else pytest.mark.full) for kind in KINDS]
 )
 def test_killed_runs_change_nothing(kind: str, tmp_path: Path) -> None:
-    """Everything killed and started again, then a process of each role, whatever it is at."""
+    """Everything killed and started again, then a process of each learner, whatever it is at."""
     folder = prepare_folder(tmp_path)
     path, whole = job_file(folder, kind, "whole")
     with rayft("run", str(path), log=folder / "whole.log") as run:
