@@ -115,12 +115,13 @@ class VllmEngine:
         self._llm.reset_prefix_cache()
 
     def take_adapter(self, folder: Path, version: int) -> None:
-        """Answer with the adapter in a folder (PEFT format) from now on."""
+        """Answer with the adapter in a folder (PEFT format), which must stay, from now on."""
         from vllm.lora.request import LoRARequest
 
         if self._lora is not None:
             self._llm.llm_engine.remove_lora(self._lora.lora_int_id)
         self._lora = LoRARequest(f"version-{version}", version + 1, str(folder))
+        self._llm.llm_engine.add_lora(self._lora)
         self._llm.reset_prefix_cache()
 
 

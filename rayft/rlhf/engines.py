@@ -159,9 +159,10 @@ class VllmCopy:
         if self._config is None:
             self._engine.take_weights(named)
         else:
-            with tempfile.TemporaryDirectory(prefix="rayft-adapter-") as folder:
-                save_adapter(Path(folder), named, self._config)
-                self._engine.take_adapter(Path(folder), version)
+            folder = tempfile.TemporaryDirectory(prefix="rayft-adapter-")
+            save_adapter(Path(folder.name), named, self._config)
+            self._engine.take_adapter(Path(folder.name), version)
+            self._adapter = folder  # vLLM may read it again; the one before goes now
         return checksums, {**seconds, "copy": time.perf_counter() - began}
 
     def draw(self, unit: Unit) -> list[Drawn]:
