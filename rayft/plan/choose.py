@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from rayft.plan.architecture import Architecture, read_architecture
 from rayft.plan.gpus import find_gpu
 from rayft.plan.headers import weight_shapes
 from rayft.plan.memory import STAGES, MemoryPlan, plan_memory
+from rayft.plan.roles import plan_with_roles
 from rayft.spec import Job, parse_job
 
 #: Share of the memory a plan may fill; the rest is for fragmentation and what the plan does not know.
 FILL = 0.92
+
+NONE: Mapping[str, Architecture] = {}
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,31 @@ class Choice:
         return self.limit is None or fits(self.plan, self.limit)
 
 
-def choose_stage(job: Job, folder: Path, *, gpu: str | None = None) -> Choice:
+def choose_stage(
+    job: Job, folder: Path, *, gpu: str | None = None, scorers: Mapping[str, Architecture] = NONE
+) -> Choice:
     """The stage for the model in `folder` (its config.json, and headers of its weights if they are there).
 
-    gpu: what the nodes report, used where the job names none. Raises JobError for `zero.stage: auto` on a GPU that
+    gpu: what the nodes report, used where the job names none. scorers: as for `plan_with_roles`. Raises JobError for `zero.stage: auto` on a GPU that
     nobody named, and for a model whose family is not known.
     """
-    return choose(job, architecture_of(folder), memory_limit(job, gpu))
+    return choose(job, architecture_of(folder), memory_limit(job, gpu), scorers)
 
 
-def choose(job: Job, architecture: Architecture, limit: int | None) -> Choice:
+def choose(
+    job: Job, architecture: Architecture, limit: int | None, scorers: Mapping[str, Architecture] = NONE
+) -> Choice:
     """The stage of the job, or for `auto` the lowest one that fits into `limit` bytes a rank.
 
     Lowest, since every stage costs speed: measured on small models and adapters, stage 0 is up to three times as fast
     as 2, and gathering frozen weights every step makes 3 the slowest.
     """
-    plans = {stage: plan_memory(job, architecture, stage) for stage in STAGES}
+    plans = {
+        stage: plan_with_roles(job, architecture, stage, scorers)
+        if job.reinforced
+        else plan_memory(job, architecture, stage)
+        for stage in STAGES
+    }
     if job.zero.stage != "auto":
         return Choice(job.zero.stage, "zero.stage says so", plans, limit)
     if limit is None:
@@ -75,18 +88,20 @@ def fits(plan: MemoryPlan, limit: int) -> bool:
     return plan.device <= FILL * limit
 
 
-def suggest(job: Job, architecture: Architecture, limit: int) -> list[tuple[str, Choice]]:
+def suggest(
+    job: Job, architecture: Architecture, limit: int, scorers: Mapping[str, Architecture] = NONE
+) -> list[tuple[str, Choice]]:
     """Overrides that make a job fit, with the choice they lead to; empty where it fits already or nothing helps.
 
     The first is the least change to one machine (each measure is added to the ones before), then more workers, then
     an adapter instead of full fine-tuning.
     """
-    if choose(_with(job, {"zero.stage": "auto"}), architecture, limit).fits:
+    if choose(_with(job, {"zero.stage": "auto"}), architecture, limit, scorers).fits:
         return []
     found: list[tuple[str, Choice]] = []
     for measures in (_on_one_machine(job), _more_workers(job), _adapter(job)):
         for overrides in measures:
-            choice = choose(_with(job, {"zero.stage": "auto", **overrides}), architecture, limit)
+            choice = choose(_with(job, {"zero.stage": "auto", **overrides}), architecture, limit, scorers)
             if choice.fits:
                 found.append((" ".join(f"{key}={_plain(value)}" for key, value in overrides.items()), choice))
                 break
@@ -113,6 +128,16 @@ def architecture_of(folder: Path) -> Architecture:
             f"The model's {path} cannot be read: {error}.", "Give the folder of a model."
         ) from None
     return read_architecture(config, weight_shapes(folder))
+
+
+def scorer_architectures(folders: Sequence[tuple[str, Path | None]]) -> dict[str, Architecture]:
+    """The architectures of reward models whose folder (path in the job, folder) is at hand and understood."""
+    found = {}
+    for path, folder in folders:
+        with contextlib.suppress(JobError):
+            if folder is not None:
+                found[path] = architecture_of(folder)
+    return found
 
 
 def _possible_stages(job: Job) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayft.plan.activations import activation_bytes, logits_bytes
@@ -29,6 +29,7 @@ OVERHEAD_GPU = 1_800_000_000
 class MemoryPlan:
     """Peak memory of one rank in bytes, by term.
 
+    generation, beside: where a model learns from rewards, see `rayft.plan.roles`.
     `device` is the memory training runs in (the GPU's, or the host's where there is none), `host` what
     `zero.offload_optimizer` keeps beside a GPU.
     """
@@ -43,15 +44,25 @@ class MemoryPlan:
     buckets: int
     overhead: int
     host: int = 0
+    generation: int = 0
+    beside: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def device(self) -> int:
-        return sum(self.terms().values())
+        return self.own + sum(self.beside.values())
+
+    @property
+    def own(self) -> int:
+        """The part of `device` that the rank's own process takes."""
+        return sum(self.terms().values()) - sum(self.beside.values())
 
     def terms(self) -> dict[str, int]:
         """Term to bytes, in the order people look at them."""
         names = ("weights", "gradients", "optimizer", "activations", "logits", "buckets", "overhead")
-        return {name: getattr(self, name) for name in names}
+        terms = {name: int(getattr(self, name)) for name in names}
+        if self.generation or self.beside:
+            terms["generation"] = self.generation
+        return terms | {f"{role}, beside": size for role, size in self.beside.items()}
 
 
 def plan_memory(
@@ -62,7 +73,7 @@ def plan_memory(
     ranks = world_size or job.cluster.min_workers
     trained = trainable_parameters(job.adapter, architecture)
     frozen = architecture.total if job.adapter.type != "none" else 0
-    working, state = _element_bytes(job.train.precision)
+    working, state = element_bytes(job.train.precision)
     frozen_bytes = (
         0.5 + 4 / 64 if job.adapter.type == "qlora" else working
     )  # NF4: a 4-bit code and block scales
@@ -91,14 +102,17 @@ def plan_memory(
 
 def of_method(job: Job, architecture: Architecture) -> Architecture:
     """The model that is trained: a reward model has score heads in place of the language model's."""
-    if job.method != "reward":
-        return architecture
+    return with_score_heads(architecture, job.reward.heads) if job.method == "reward" else architecture
+
+
+def with_score_heads(architecture: Architecture, count: int) -> Architecture:
+    """The same model with score heads in place of the language model's."""
     heads = ("lm_head.weight", "embed_out.weight")
     body = {name: shape for name, shape in architecture.parameters.items() if name not in heads}
-    return replace(architecture, parameters={**body, "score.weight": (job.reward.heads, architecture.hidden)})
+    return replace(architecture, parameters={**body, "score.weight": (count, architecture.hidden)})
 
 
-def _element_bytes(precision: str) -> tuple[int, int]:
+def element_bytes(precision: str) -> tuple[int, int]:
     """Bytes of a working weight, and of an element of optimizer state or accumulated gradient."""
     return {"bf16": (2, 4), "fp32": (4, 4), "pure_bf16": (2, 2)}[precision]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 
 from rayft.plan.architecture import Architecture
-from rayft.plan.choose import Choice, fits, suggest
+from rayft.plan.choose import NONE, Choice, fits, suggest
 from rayft.plan.gpus import Gpu
 from rayft.plan.memory import MemoryPlan
 from rayft.plan.trainable import trainable_parameters
@@ -17,7 +19,12 @@ EFFICIENCY = 0.4
 
 
 def render(
-    job: Job, architecture: Architecture, choice: Choice, console: Console, gpu: Gpu | None = None
+    job: Job,
+    architecture: Architecture,
+    choice: Choice,
+    console: Console,
+    gpu: Gpu | None = None,
+    scorers: Mapping[str, Architecture] = NONE,
 ) -> None:
     """Print the whole plan."""
     trained = trainable_parameters(job.adapter, architecture)
@@ -30,7 +37,7 @@ def render(
     if gpu:
         console.print(speed_line(job, architecture, gpu))
     if choice.limit is not None:
-        for overrides, other in suggest(job, architecture, choice.limit):
+        for overrides, other in suggest(job, architecture, choice.limit, scorers):
             console.print(
                 f"It would fit with {overrides}: stage {other.stage}, {_gib(other.plan.device)} GiB."
             )
@@ -80,7 +87,7 @@ def compare(plan: MemoryPlan, measured: list[float], on_gpu: bool) -> Table:
     measured: GB (1e9 bytes) per rank, as in the run log: the process's on CPU, on a GPU what its allocator held, which
     does not count the overhead.
     """
-    predicted = (plan.device - (plan.overhead if on_gpu else 0)) / 1e9
+    predicted = (plan.own - (plan.overhead if on_gpu else 0)) / 1e9
     table = Table(title="Peak memory, GB")
     for heading in ("rank", "predicted", "measured", "difference"):
         table.add_column(heading, justify="right")

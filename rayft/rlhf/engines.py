@@ -140,6 +140,8 @@ class VllmCopy:
                 "VLLM_CPU_KVCACHE_SPACE",
                 str(kv_cache_gib(load_config(files, job.model), job.data.max_length, job.rollout.batch_size)),
             )
+        # Beside other roles it has its part of the GPU, as the placement says, and not vLLM's usual 90 % of all of it.
+        share = {"gpu_memory_utilization": round(0.9 * spot.gpus, 3)} if 0 < spot.gpus < 1 else {}
         self._engine = VllmEngine(
             files.folder,
             files.tokenizer,
@@ -149,7 +151,7 @@ class VllmCopy:
             batch_size=job.rollout.batch_size,
             seed=job.seed,
             lora_r=job.adapter.lora_r if self._config else None,
-            options=job.rollout.vllm,
+            options=share | job.rollout.vllm,
         )
 
     def take(self, version: int, shipments: Sequence[Shipment]) -> tuple[list[str], dict[str, float]]:

@@ -18,6 +18,7 @@ class RoleDied(WorkerError):
 
     def __init__(self, role: str, message: str, remedy: str = "") -> None:
         super().__init__(message, remedy)
+        self.args = (role, message, remedy)  # what pickling gives back to __init__
         self.role = role
 
 
@@ -165,6 +166,9 @@ def _death(task: Task, error: BaseException) -> RoleDied:
     same process again would fail again."""
     role, method = task.group.role, task.method
     if isinstance(error, ray.exceptions.RayTaskError):
+        if isinstance(error.cause, RoleDied):
+            # What it asked another role for is gone; it is well itself.
+            raise RoleDied(*error.cause.args) from error
         # One that lost its neighbour in a collective says so before Ray knows that the neighbour is gone.
         ending = worker_failure(error)
         if ending is not None:
@@ -176,5 +180,10 @@ def _death(task: Task, error: BaseException) -> RoleDied:
 
 
 def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).rstrip(".")
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return "it cannot be reached any more"
+    # Ray adds identifiers and a list of what might have been the cause.
+    text = str(error).split("Some common causes include")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = lines[-1] if lines else type(error).__name__
+    return said.split("Worker exit type:")[0].strip().rstrip(".")

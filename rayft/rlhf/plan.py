@@ -16,7 +16,7 @@ from rayft.rlhf.prompts import PromptSet
 from rayft.rlhf.rewards import load_function
 from rayft.spec import Job, parse_job
 from rayft.storage import node_cache_dir
-from rayft.train.prepare import decide_packing, decide_stage, with_absolute_paths
+from rayft.train.prepare import decide_packing, decide_stage, exported_folder, with_absolute_paths
 from rayft.train.setup import pad_id_of
 
 
@@ -101,20 +101,12 @@ def prepare(job: Job, run_uri: str, owner: dict[str, Any], say: Callable[[str], 
         packed=packed,
         pad_id=pad_id_of(tokenizer),
         critic=critic_job(job, tokenizer, node_dir, say) if job.rl.critic else None,
-        reference=reference_of(job),
+        reference=job.reference,
         total_steps=total,
         end=end,
         checkpoint_every=job.checkpoint.every_steps or max(1, min(500, total // 10)),
     )
     return RlPrepared(plan, files, prompts, memory)
-
-
-def reference_of(job: Job) -> str | None:
-    """`adapter`: the policy with its adapter off, which is exactly what it started as; `group`: a model of its own; None."""
-    if not job.rl.kl_coef:
-        return None
-    exact = job.adapter.type == "lora" and not job.adapter.modules_to_save
-    return "adapter" if exact else "group"
 
 
 def refuse_short_context(job: Job, config: Any) -> None:
@@ -137,15 +129,15 @@ def critic_job(job: Job, tokenizer: Any, node_dir: Path, say: Callable[[str], No
     models = [source.path for source in job.rewards if source.type == "model"]
     if not models:
         return parse_job(values)
-    folder = _model_folder(models[0])
-    reason = "it is an adapter" if folder is None else _unfit(folder, job, tokenizer, node_dir)
+    folder = exported_folder(models[0])
+    reason = "it is an adapter" if folder is None else _unfit(str(folder), job, tokenizer, node_dir)
     if reason:
         say(f"critic: begins as the policy, not as the reward model {models[0]}: {reason}")
         return parse_job(values)
     kept = {
         name: value for name, value in values["model"].items() if name in ("attention", "trust_remote_code")
     }
-    return parse_job({**values, "model": {**kept, "path": folder}})
+    return parse_job({**values, "model": {**kept, "path": str(folder)}})
 
 
 def _unfit(folder: str, job: Job, tokenizer: Any, node_dir: Path) -> str:
@@ -161,12 +153,3 @@ def _unfit(folder: str, job: Job, tokenizer: Any, node_dir: Path) -> str:
         return f"it has {len(config.id2label)} score heads"
     possible, why = can_pack(config)
     return "" if possible else why
-
-
-def _model_folder(path: str) -> str | None:
-    """The exported model of a run, the folder itself; None for an adapter, whose head fits no other body."""
-    folder = Path(path)
-    for found in (folder / "model", folder):
-        if (found / "config.json").exists():
-            return str(found)
-    return None

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from rayft.checkpoint.checksum import checksum
+from rayft.rlhf.group import RoleDied
 
 Bucket = list[tuple[str, torch.Tensor]]
 
@@ -88,7 +89,7 @@ def receive(module: nn.Module, shipments: Sequence[Shipment]) -> tuple[list[str]
     found = []
     for shipment in shipments:
         began = time.perf_counter()
-        arrays = ray.get(shipment.ref, timeout=600)[0]
+        arrays = _fetch(shipment)
         began = shipped.spend("get", began)
         held = [parameters[name] for name in shipment.names]
         for parameter, array in zip(held, arrays, strict=True):
@@ -106,7 +107,7 @@ def unpack(shipments: Sequence[Shipment]) -> tuple[Bucket, list[str], dict[str, 
     found = []
     for shipment in shipments:
         began = time.perf_counter()
-        arrays = ray.get(shipment.ref, timeout=600)[0]
+        arrays = _fetch(shipment)
         began = shipped.spend("get", began)
         parts = zip(shipment.names, arrays, shipment.dtypes, shipment.shapes, strict=True)
         named += [(name, tensor_of(array, dtype, shape)) for name, array, dtype, shape in parts]
@@ -125,3 +126,13 @@ def tensor_of(array: np.ndarray, dtype: torch.dtype, shape: Sequence[int]) -> to
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return torch.from_numpy(array).view(dtype).view(tuple(shape))
+
+
+def _fetch(shipment: Shipment) -> list[np.ndarray[Any, Any]]:
+    try:
+        arrays: list[np.ndarray[Any, Any]] = ray.get(shipment.ref, timeout=600)[0]
+    except ray.exceptions.ObjectLostError as error:
+        raise RoleDied(
+            "policy", "A process of the role policy died while engines took its weights."
+        ) from error
+    return arrays

@@ -112,6 +112,15 @@ class Job(Group):
         """Whether the method learns from rewards of the model's own answers."""
         return self.method in METHODS
 
+    @property
+    def reference(self) -> Literal["adapter", "group"] | None:
+        """Where the log-probabilities of the policy's beginning come from: the policy with its adapter off, which is exactly that;
+        a model of its own; None where nothing holds the policy to it."""
+        if not self.reinforced or not self.rl.kl_coef:
+            return None
+        exact = self.adapter.type == "lora" and not self.adapter.modules_to_save
+        return "adapter" if exact else "group"
+
     def _reinforcement_agrees(self) -> None:
         if not self.reinforced:
             for name, nothing in (

@@ -38,15 +38,17 @@ def check_job(job: Job, *, samples: int = 3) -> int:
 def plan_job(job: Job) -> int:
     """Show the memory plan of a job, and after its run what was predicted against what was measured."""
     from rayft.model.files import resolve_model
-    from rayft.plan.choose import architecture_of, choose, memory_limit
+    from rayft.plan.choose import architecture_of, choose, memory_limit, scorer_architectures
     from rayft.plan.gpus import find_gpu
     from rayft.plan.render import compare, render
+    from rayft.train.prepare import reward_model_folders
 
     console = Console()
     architecture = architecture_of(config_folder(job, resolve_model))
     gpu = find_gpu(job.cluster.gpu) if job.cluster.gpu else None
-    choice = choose(job, architecture, memory_limit(job))
-    render(job, architecture, choice, console, gpu)
+    scorers = scorer_architectures(reward_model_folders(job))
+    choice = choose(job, architecture, memory_limit(job), scorers)
+    render(job, architecture, choice, console, gpu, scorers)
     rows = read_log(open_store(job.storage).child(job.name))
     peaks = [row["peak_memory_gb"] for row in rows if row["kind"] == "step" and row.get("peak_memory_gb")]
     if peaks:

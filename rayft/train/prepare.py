@@ -22,7 +22,7 @@ from rayft.data.template import ChatTokenizer
 from rayft.errors import JobError, RayftError, WorkerError
 from rayft.model.families import can_pack
 from rayft.model.files import ModelFiles, job_files, load_config, load_tokenizer
-from rayft.plan.choose import choose_stage
+from rayft.plan.choose import choose_stage, scorer_architectures
 from rayft.spec import Job, RewardSource
 from rayft.storage import node_cache_dir, open_store
 from rayft.train.failures import as_rayft_error
@@ -218,7 +218,7 @@ def decide_stage(job: Job, files: ModelFiles) -> tuple[int, dict[str, Any]]:
     from rayft.model.adapters import check_adapter
 
     try:
-        choice = choose_stage(job, files.folder)
+        choice = choose_stage(job, files.folder, scorers=scorer_architectures(reward_model_folders(job)))
     except JobError as error:
         # Only `auto` depends on the plan; a model that it does not know can be trained at a stage the job names.
         if job.zero.stage == "auto":
@@ -229,6 +229,17 @@ def decide_stage(job: Job, files: ModelFiles) -> tuple[int, dict[str, Any]]:
     terms = {name: round(size / 1e9, 4) for name, size in choice.plan.terms().items()}
     message = f"ZeRO stage {choice.stage}: {choice.reason}"
     return choice.stage, {"message": message, "stage": choice.stage, "memory_terms_gb": terms}
+
+
+def reward_model_folders(job: Job) -> list[tuple[str, Path | None]]:
+    """The path of each reward model as the job has it, and the folder of its config.json where that is on this machine."""
+    return [(source.path, exported_folder(source.path)) for source in job.rewards if source.type == "model"]
+
+
+def exported_folder(path: str) -> Path | None:
+    """The folder with the config.json of a run's exported model, or of the model that lies there itself."""
+    folder = Path(path).expanduser()
+    return next((found for found in (folder / "model", folder) if (found / "config.json").exists()), None)
 
 
 def describe(infos: Any, spec: CacheSpec) -> str:

@@ -63,7 +63,8 @@ def add_node(cluster: Any, number: int) -> Any:
     "kind", ["sft", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("reward", "dpo", "kto"))]
 )
 def test_a_node_goes_and_comes_back(kind: str, cluster: Any, tmp_path: Path) -> None:
-    """[1, 2] workers: 2, then 1, then 2 again; same samples, same global batch, losses of a plain loop to 1e-4."""
+    """[1, 2] workers: 2, then 1, then 2 again; same samples, same global batch, losses of a plain loop to 1e-4 (of rows known by
+    heart, 1e-6)."""
     folder = prepare_folder(
         tmp_path, hidden_size=192, intermediate_size=512, num_hidden_layers=4, head_dim=48
     )
@@ -104,7 +105,7 @@ def test_a_node_goes_and_comes_back(kind: str, cluster: Any, tmp_path: Path) -> 
     start = run_ranks(trained_from, 1, folder, job)[0] if kind == "reward" else None
     plan = plan_of(job, folder, stage=0, packed=True)
     expected, _ = reference_losses(plan, folder, len(measured), start, kind)
-    np.testing.assert_allclose(list(measured.values()), expected, rtol=1e-4)
+    np.testing.assert_allclose(list(measured.values()), expected, rtol=1e-4, atol=1e-6)
     positions = [row["position"] for row in read_log(store) if row["kind"] == "step"]
     assert positions == [8 * step for step in measured]
     # What was saved is never older than a checkpoint under way and the one before it.

@@ -171,6 +171,12 @@ def test_suites_are_measured_before_and_after(folder: Path, local_ray: None) -> 
                 ("missing", ["has no function 'missing'"]),
             )
         ),
+        pytest.param(
+            "down",
+            ["http://127.0.0.1:9/score failed", "refused", "2 tries"],
+            {"type": "http", "path": "http://127.0.0.1:9/score", "retries": 1},
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_a_reward_that_misbehaves_ends_the_run_with_2(
@@ -181,7 +187,7 @@ def test_a_reward_that_misbehaves_ends_the_run_with_2(
     capfd: pytest.CaptureFixture[str],
     local_ray: None,
 ) -> None:
-    job = rl_job(folder, "grpo", name=name, rewards=[function(folder, name, **groups)])
+    job = rl_job(folder, "grpo", name=name, rewards=[{**function(folder, name), **groups}])
     capfd.readouterr()
     assert run(job, folder) == 2
     err = capfd.readouterr().err

@@ -70,7 +70,7 @@ def job_file(folder: Path, kind: str, name: str) -> tuple[Path, Path]:
     return write_job(job, folder / f"{name}.yaml"), folder / "runs" / name
 
 
-def facts(uri: Path) -> list[Any]:
+def facts(uri: Path | str) -> list[Any]:
     """What the log says of every step, but for times and memory."""
     rows = [row for row in read_log(open_store(uri)) if row["kind"] in ("step", "ledger")]
     changing = {
@@ -81,6 +81,8 @@ def facts(uri: Path) -> list[Any]:
         "tokens_per_s",
         "trained_tokens_per_s",
         "peak_memory_gb",
+        "ahead_seconds",
+        "sync",
     }
     return [{key: value for key, value in row.items() if key not in changing} for row in rows]
 

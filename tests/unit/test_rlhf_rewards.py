@@ -115,6 +115,35 @@ def test_a_reward_model_scores_as_the_verb_does(tmp_path: Path) -> None:
     assert found[0] != found[1]
 
 
+def test_a_reward_model_reads_the_text_in_its_own_tokens(tmp_path: Path) -> None:
+    """Its tokenizer is not the policy's: other ids for the same characters give the same scores."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+    save_tiny(tmp_path / "plain")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain", num_labels=1)
+    model.save_pretrained(tmp_path / "plain")
+    before = PreTrainedTokenizerFast.from_pretrained(tmp_path / "plain")
+    # The 256 bytes in reverse, and the rows of the embedding with them.
+    values = json.loads(before.backend_tokenizer.to_str())
+    values["model"]["vocab"] = {char: 255 - i for char, i in values["model"]["vocab"].items()}
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding[:256] = embedding[:256].flip(0)
+    model.save_pretrained(tmp_path / "other")
+    before.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(values))
+    after = PreTrainedTokenizerFast.from_pretrained(tmp_path / "other")
+    assert after("abc").input_ids == [255 - i for i in before("abc").input_ids]
+    plain, other = (
+        ModelScorer(source(str(tmp_path / name), "model"))(PROMPTS, ["xx", "yyy"], {})
+        for name in ("plain", "other")
+    )
+    assert other == pytest.approx(plain, rel=1e-6)
+    assert plain[0] != plain[1]
+
+
 class Endpoint(BaseHTTPRequestHandler):
     """Answers with what `replies` holds, one after another: a status, and a body or what makes one from the request."""
 
