@@ -39,10 +39,11 @@ def row(a: int, b: int, adds: bool, *, answered: bool) -> Row:
     return {"prompt": [question], "answer": answer}
 
 
-def main() -> None:
+def main(folder: Path = FOLDER) -> None:
+    """Write the files into a folder."""
     for name, own in rows().items():
         lines = (json.dumps(one) + "\n" for one in own)
-        (FOLDER / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def right(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 where the last number of an answer is the one in the column `answer`, else 0."""
-    return [
-        float(last_number(text) == float(wanted)) for text, wanted in zip(completions, answer, strict=True)
-    ]
+    """1 where the last number of an answer is the last one in the column `answer`, else 0."""
+    pairs = zip(completions, answer, strict=True)
+    return [float(last_number(text) == last_number(str(wanted))) for text, wanted in pairs]
 
 
 def last_number(text: str) -> float | None:

@@ -49,7 +49,11 @@ def table_of(job: Job, *, critic: bool, reference: bool) -> Table:
     roles = [("critic", placement.critic, ranks)] if critic else []
     roles += [("reference", placement.reference, ranks)] if reference else []
     roles += [("rollout", placement.rollout, job.rollout.engines)] if job.rollout.engines else []
-    roles += [(f"reward {source.name}", placement.rewards, 1) for source in job.rewards]
+    for source in job.rewards:
+        # Only a model computes on a GPU; a function or an endpoint takes none from those that do.
+        place = placement.rewards
+        place = place if source.type == "model" else place.model_copy(update={"gpus": 0.0})
+        roles.append((f"reward {source.name}", place, 1))
     given = sum(place.gpus or 0.0 for _, place, _ in roles if not place.apart)
     open_ = sum(place.gpus is None for _, place, _ in roles if not place.apart)
     share = max(0.0, cluster.gpus_per_worker - given) / (1 + open_)

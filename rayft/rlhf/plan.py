@@ -10,13 +10,14 @@ from typing import Any
 
 from rayft.data.template import ChatTokenizer
 from rayft.errors import JobError
+from rayft.generate.load import adapter_folder
 from rayft.model.families import can_pack
 from rayft.model.files import ModelFiles, job_files, load_config, load_tokenizer, resolve_model
 from rayft.rlhf.prompts import PromptSet
 from rayft.rlhf.rewards import load_function
 from rayft.spec import Job, parse_job
 from rayft.storage import node_cache_dir
-from rayft.train.prepare import decide_packing, decide_stage, exported_folder, with_absolute_paths
+from rayft.train.prepare import decide_packing, decide_stage, with_absolute_paths
 from rayft.train.setup import pad_id_of
 
 
@@ -129,21 +130,21 @@ def critic_job(job: Job, tokenizer: Any, node_dir: Path, say: Callable[[str], No
     models = [source.path for source in job.rewards if source.type == "model"]
     if not models:
         return parse_job(values)
-    folder = exported_folder(models[0])
-    reason = "it is an adapter" if folder is None else _unfit(str(folder), job, tokenizer, node_dir)
+    is_adapter = adapter_folder(models[0], node_dir) is not None
+    reason = "it is an adapter" if is_adapter else _unfit(models[0], job, tokenizer, node_dir)
     if reason:
         say(f"critic: begins as the policy, not as the reward model {models[0]}: {reason}")
         return parse_job(values)
     kept = {
         name: value for name, value in values["model"].items() if name in ("attention", "trust_remote_code")
     }
-    return parse_job({**values, "model": {**kept, "path": str(folder)}})
+    return parse_job({**values, "model": {**kept, "path": models[0]}})
 
 
-def _unfit(folder: str, job: Job, tokenizer: Any, node_dir: Path) -> str:
+def _unfit(path: str, job: Job, tokenizer: Any, node_dir: Path) -> str:
     """Why a reward model cannot be a critic's beginning, or nothing."""
     spec = job.model.model_copy(
-        update={"path": folder, "tokenizer": None, "chat_template": None, "gguf_file": None}
+        update={"path": path, "tokenizer": None, "chat_template": None, "gguf_file": None}
     )
     files = resolve_model(spec, node_dir)
     config: Any = load_config(files, spec)

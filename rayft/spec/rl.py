@@ -294,7 +294,8 @@ class Place(Group):
     cpus: PositiveFloat = Field(1, description="apart: CPUs of each process.")
     gpus: NonNegativeFloat | None = Field(
         None,
-        description="GPUs of each process; beside the policy, its part of the rank's (default: all roles there share equally).",
+        description="GPUs of each process; beside the policy, its part of the rank's (default: all roles there share equally). Rewards "
+        "that are no model take none.",
     )
 
 

@@ -20,10 +20,11 @@ from rayft.data.order import Order
 from rayft.data.step import plan_step
 from rayft.data.template import ChatTokenizer
 from rayft.errors import JobError, RayftError, WorkerError
+from rayft.generate.load import adapter_folder, base_of
 from rayft.model.families import can_pack
-from rayft.model.files import ModelFiles, job_files, load_config, load_tokenizer
+from rayft.model.files import ModelFiles, job_files, load_config, load_tokenizer, resolve_model
 from rayft.plan.choose import choose_stage, scorer_architectures
-from rayft.spec import Job, RewardSource
+from rayft.spec import Job, Model, RewardSource
 from rayft.storage import node_cache_dir, open_store
 from rayft.train.failures import as_rayft_error
 from rayft.train.group import RunPlan
@@ -232,14 +233,19 @@ def decide_stage(job: Job, files: ModelFiles) -> tuple[int, dict[str, Any]]:
 
 
 def reward_model_folders(job: Job) -> list[tuple[str, Path | None]]:
-    """The path of each reward model as the job has it, and the folder of its config.json where that is on this machine."""
-    return [(source.path, exported_folder(source.path)) for source in job.rewards if source.type == "model"]
-
-
-def exported_folder(path: str) -> Path | None:
-    """The folder with the config.json of a run's exported model, or of the model that lies there itself."""
-    folder = Path(path).expanduser()
-    return next((found for found in (folder / "model", folder) if (found / "config.json").exists()), None)
+    """The path of each reward model as the job has it, and a folder with its body's config.json, fetched without weights; None
+    where there is none (the role says so when it loads)."""
+    found: list[tuple[str, Path | None]] = []
+    for source in job.rewards:
+        if source.type == "model":
+            try:
+                adapter = adapter_folder(source.path, node_cache_dir())
+                path = base_of(adapter) if adapter else source.path
+                spec = Model.model_validate({"path": path, "random_weights": True})
+                found.append((source.path, resolve_model(spec, node_cache_dir()).folder))
+            except RayftError:
+                found.append((source.path, None))
+    return found
 
 
 def describe(infos: Any, spec: CacheSpec) -> str:

@@ -26,23 +26,69 @@ def test_run_names_differ() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_the_gpu_job_plans_within_its_gpus() -> None:
-    """The multi-node job's memory plan fits the GPU it names, from a config alone."""
+def test_arithmetic_is_rewritten_byte_for_byte(tmp_path: Path) -> None:
+    from jobs.arithmetic.generate import main
+
+    main(tmp_path)
+    kept = ROOT / "jobs" / "arithmetic"
+    for name in ("sft.jsonl", "train.jsonl", "test.jsonl"):
+        assert (tmp_path / name).read_bytes() == (kept / name).read_bytes()
+    rows = {name: set((tmp_path / name).read_text().splitlines()) for name in ("train.jsonl", "test.jsonl")}
+    assert not rows["train.jsonl"] & rows["test.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "score"),
+    [
+        ("12", "12", 1.0),
+        ("It is 1,012.", "1012", 1.0),
+        ("3 and 4", "3", 0.0),
+        ("-5", "-5", 1.0),
+        ("none", "5", 0.0),
+        ("so 72", "48 + 24 = 72\n#### 72", 1.0),
+    ],
+)
+def test_the_reward_of_arithmetic(answer: str, wanted: str, score: float) -> None:
+    from jobs.arithmetic.reward import right
+
+    assert right([""], [answer], [wanted]) == [score]
+
+
+QWEN3_8B = {
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("name", ["sft_hub_gpu", "grpo_hub_gpu", "ppo_hub_gpu"])
+def test_the_gpu_jobs_plan_within_their_gpus(name: str) -> None:
+    """The multi-node jobs' memory plans fit the GPU they name, from a config alone."""
     from rayft.plan.architecture import read_architecture
     from rayft.plan.choose import choose, memory_limit
 
-    job = load_job(ROOT / "jobs" / "sft_hub_gpu.yaml")
-    config = {
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "tie_word_embeddings": False,
-    }
-    choice = choose(job, read_architecture(config), memory_limit(job))
+    job = load_job(ROOT / "jobs" / f"{name}.yaml")
+    model = read_architecture(QWEN3_8B)
+    choice = choose(job, model, memory_limit(job), {source.path: model for source in job.rewards})
     assert choice.stage == 3
     assert choice.fits
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("grpo_hub_gpu", 3), ("ppo_hub_gpu", 2)])
+def test_the_gpu_jobs_fill_their_nodes(name: str, nodes: int) -> None:
+    """The nodes they speak of hold them, and one node less does not."""
+    from rayft.errors import ResourceError
+    from rayft.rlhf.placement import refuse_what_never_fits, table_of
+
+    job = load_job(ROOT / "jobs" / f"{name}.yaml")
+    table = table_of(job, critic=job.rl.critic, reference=job.reference == "group")
+    there = [(f"node{number}", {"CPU": 128.0, "GPU": 8.0}) for number in range(nodes)]
+    refuse_what_never_fits(table, there)
+    with pytest.raises(ResourceError, match="GPU"):
+        refuse_what_never_fits(table, there[1:])

@@ -29,7 +29,8 @@ def test_by_default_everything_shares_the_ranks() -> None:
     }
     for role, spots in made.spots.items():
         assert [spot.bundle for spot in spots] == list(range(len(spots)))
-        assert all(spot.gpus == pytest.approx(0.2) for spot in spots), role
+        # A reward that is no model takes no part of a GPU.
+        assert all(spot.gpus == (0.0 if role == "reward r" else 0.25) for spot in spots), role
 
 
 def test_roles_apart_and_fractions() -> None:
