@@ -124,8 +124,15 @@ def rollouts(args: argparse.Namespace) -> int:
     from rayft.rlhf.browse import browse, compare
 
     if args.compare:
-        return compare(args.run, *args.compare, limit=args.limit)
-    return browse(args.run, step=args.step, where=args.where, sort=args.sort, limit=args.limit)
+        return compare(args.run, *args.compare, limit=args.limit, held_out=args.held_out)
+    return browse(
+        args.run,
+        step=args.step,
+        where=args.where,
+        sort=args.sort,
+        limit=args.limit,
+        held_out=args.held_out,
+    )
 
 
 def schema(args: argparse.Namespace) -> int:
@@ -226,6 +233,11 @@ def parser() -> argparse.ArgumentParser:
     verb("ratings", ratings).add_argument("folder", help="what `rayft rate` wrote to")
     sub = verb("rollouts", rollouts)
     sub.add_argument("run", help="run folder, local or s3://")
+    sub.add_argument(
+        "--held-out",
+        action="store_true",
+        help="answers to held-out prompts (data.eval), not those trained on",
+    )
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--step", type=int, help="show answers of this step (default: a line for every step)")
     what.add_argument(

@@ -41,26 +41,38 @@ def browse(
     where: Sequence[str] = (),
     sort: str | None = None,
     limit: int = 5,
+    held_out: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Print a line for every step of a run, or the answers of one step that meet every condition."""
+    """Print a line for every step of a run, or the answers of one step that meet every condition.
+
+    held_out: of the answers to held-out prompts instead of those that were trained on.
+    """
     console, store = console or Console(), open_store(run)
     if step is None:
         if where or sort:
             raise JobError("--where and --sort look at the answers of one step.", "Name it with --step.")
-        console.print(_overview(store))
+        console.print(_overview(store, held_out))
         return 0
-    rows = chosen(read_step(store, step), where, sort)
+    rows = chosen(read_step(store, step, held_out), where, sort)
     for row in rows[:limit]:
         _show(row, console)
     console.print(f"{min(limit, len(rows))} of {len(rows)} answers of step {step}", highlight=False)
     return 0
 
 
-def compare(run: str, first: int, second: int, *, limit: int = 5, console: Console | None = None) -> int:
+def compare(
+    run: str,
+    first: int,
+    second: int,
+    *,
+    limit: int = 5,
+    held_out: bool = False,
+    console: Console | None = None,
+) -> int:
     """Print what changed between two steps: means, and prompts of both whose scores moved most."""
     console, store = console or Console(), open_store(run)
-    before, after = read_step(store, first), read_step(store, second)
+    before, after = read_step(store, first, held_out), read_step(store, second, held_out)
     table = Table("", f"step {first}", f"step {second}", "change")
     for name, (one, other) in {
         name: (_mean(before, name), _mean(after, name)) for name in _numbers(before)
@@ -80,15 +92,18 @@ def compare(run: str, first: int, second: int, *, limit: int = 5, console: Conso
     return 0
 
 
-def read_step(store: Store, step: int) -> list[Row]:
+def read_step(store: Store, step: int, held_out: bool = False) -> list[Row]:
     """The answers of a step with what was learned from them. Raises JobError, naming what there is, if it was not kept."""
     try:
-        return read_rows(store, key_of(step))
+        return read_rows(store, key_of(step, held_out=held_out))
     except ObjectNotFound:
-        there = steps_of(store)
+        there = steps_of(store, held_out)
         kept = f"it has steps {there[0]} to {there[-1]}" if there else "it has none"
+        if there and held_out:
+            kept = f"it has steps {', '.join(map(str, there))}"
+        what = "answers to held-out prompts at" if held_out else "rollouts of"
         raise JobError(
-            f"The run at {store.uri} has no rollouts of step {step}; {kept}.", "Name one of these."
+            f"The run at {store.uri} has no {what} step {step}; {kept}.", "Name one of these."
         ) from None
 
 
@@ -98,9 +113,10 @@ def read_rows(store: Store, key: str) -> list[Row]:
     return rows
 
 
-def steps_of(store: Store) -> list[int]:
-    """Steps whose rollouts were kept."""
-    found = (re.fullmatch(r"rollouts/step-(\d+)\.parquet", entry.key) for entry in store.list("rollouts"))
+def steps_of(store: Store, held_out: bool = False) -> list[int]:
+    """Steps whose rollouts were kept, or after which held-out prompts were answered."""
+    pattern = rf"rollouts/{'held-out' if held_out else 'step'}-(\d+)\.parquet"
+    found = (re.fullmatch(pattern, entry.key) for entry in store.list("rollouts"))
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -151,8 +167,13 @@ def _value(row: Row, column: str) -> Any:
     return len(row[column]) if isinstance(row[column], list) else row[column]
 
 
-def _overview(store: Store) -> Table:
-    steps = steps_of(store)
+def _overview(store: Store, held_out: bool) -> Table:
+    steps = steps_of(store, held_out)
+    if not steps and held_out:
+        raise JobError(
+            f"There are no answers to held-out prompts at {store.uri}.",
+            "Give a job data.eval, and its run keeps them.",
+        )
     if not steps:
         raise JobError(
             f"There are no rollouts at {store.uri}.",
@@ -160,7 +181,7 @@ def _overview(store: Store) -> Table:
         )
     table = Table("step", "answers", "score", "tokens", "ended", "weights")
     for step in steps:
-        rows = read_step(store, step)
+        rows = read_step(store, step, held_out)
         scores = [row["score"] for row in rows]
         table.add_row(
             str(step),

@@ -11,7 +11,7 @@ import numpy as np
 from rayft.data.template import ChatTokenizer
 from rayft.rlhf.browse import read_rows
 from rayft.rlhf.experience import lay_out
-from rayft.rlhf.kept import keep_rollouts
+from rayft.rlhf.kept import keep_rollouts, key_of
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.prompts import PromptSet
 from rayft.rlhf.roles import Roles
@@ -51,7 +51,7 @@ class HeldOut:
         metrics["truncated"] = float(np.mean([not r.ended for r in rollouts]))
         if self.plan.reference is not None:
             metrics["kl"] = self._kl(roles, rollouts)
-        keep_rollouts(self.store, key(step), rollouts, by_source, scores_S, {})
+        keep_rollouts(self.store, key_of(step, held_out=True), rollouts, by_source, scores_S, {})
         if step > 0:
             metrics |= self._win_rates(by_source)
         return metrics
@@ -68,7 +68,7 @@ class HeldOut:
 
     def _win_rates(self, by_source: dict[str, np.ndarray]) -> dict[str, float]:
         try:
-            before = read_rows(self.store, key(0))
+            before = read_rows(self.store, key_of(0, held_out=True))
         except ObjectNotFound:  # eval.before was false
             return {}
         rates: dict[str, float] = {}
@@ -77,11 +77,6 @@ class HeldOut:
             wins = np.where(scores == start, 0.5, scores > start)
             rates |= {f"win_rate/{name}": float(wins.mean())}
         return rates
-
-
-def key(step: int) -> str:
-    """Where the held-out answers of a step lie."""
-    return f"rollouts/held-out-{step:06d}.parquet"
 
 
 def _described(name: str, scores: np.ndarray) -> dict[str, float]:

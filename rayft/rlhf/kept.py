@@ -45,6 +45,6 @@ def keep_rollouts(
     store.put(key, sink.getvalue())
 
 
-def key_of(step: int) -> str:
-    """Where the answers that a step was trained on lie."""
-    return f"rollouts/step-{step:06d}.parquet"
+def key_of(step: int, *, held_out: bool = False) -> str:
+    """Where the answers lie that a step was trained on, or those to held-out prompts after so many steps."""
+    return f"rollouts/{'held-out' if held_out else 'step'}-{step:06d}.parquet"

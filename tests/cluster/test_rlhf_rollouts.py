@@ -24,6 +24,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
         "ppo",
         name="run",
         rl={"num_generations": 4, "num_epochs": 1},
+        data={
+            "train": [{"path": str(folder / "prompts.jsonl")}],
+            "eval": [{"path": str(folder / "prompts.jsonl"), "limit": 4}],
+            "max_length": 96,
+        },
         train={
             "max_steps": 3,
             "global_batch_size": 6,
@@ -58,12 +63,17 @@ def test_it_shows_filters_and_compares(run: Path, capfd: pytest.CaptureFixture[s
     changed = rollouts(capfd, run, "--compare", "1", "3")
     assert "6 prompts are in both" in changed
     assert "score/small" in changed
+    assert len(re.findall(r"^│ [03] +│ 4 ", rollouts(capfd, run, "--held-out"), re.M)) == 2
+    held_out = rollouts(capfd, run, "--held-out", "--compare", "0", "3")
+    assert "4 prompts are in both" in held_out
+    assert "weights of version 3" in " ".join(rollouts(capfd, run, "--held-out", "--step", "3").split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--step", "9"], "has no rollouts of step 9; it has steps 1 to 3"),
+        (["--held-out", "--step", "1"], "no answers to held-out prompts at step 1; it has steps 0, 3"),
         (["--where", "score<1"], "look at the answers of one step"),
         (["--step", "1", "--where", "score"], "'score' is no condition"),
         (["--step", "1", "--where", "score<much"], "compares a number with 'much'"),
