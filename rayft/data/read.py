@@ -71,11 +71,7 @@ def read_rows(table: Table, first: int, count: int, node_dir: Path) -> Iterator[
         rows: Iterator[Any] = iter(data.select(range(first, first + count)).to_list())
     else:
         path = _local(table.path, node_dir)
-        if not path.is_file() or path.stat().st_size != table.size:
-            raise DataError(
-                f"{table.uri} is not the file it was when the run was planned.",
-                "Every node must see the same file (a shared folder, s3:// or the hub); start again if it changed.",
-            )
+        _refuse_changed(path, table)
         if table.marks:
             number, skip = divmod(first, table.every)
             rows_of = jsonl_rows if table.kind == "jsonl" else csv_rows
@@ -161,6 +157,30 @@ def _parquet(path: Path, uri: str) -> Any:
         return pq.ParquetFile(path)
     except pa.ArrowException as error:
         raise DataError(f"{uri} is no readable parquet file: {error}.", "Write it again.") from None
+
+
+def read_row(table: Table, index: int, node_dir: Path) -> tuple[str, dict[str, Any]]:
+    """One row as `read_rows` gives it, for those who read in any order: a Parquet file is decoded once and stays in memory."""
+    if table.kind != "parquet":
+        return next(read_rows(table, index, 1, node_dir))
+    row = _whole_parquet(table, node_dir).slice(index, 1).to_pylist()[0]
+    return f"{table.uri} row {index + 1}", _without_nulls(row)
+
+
+@lru_cache(maxsize=1024)
+def _whole_parquet(table: Table, node_dir: Path) -> Any:
+    path = _local(table.path, node_dir)
+    _refuse_changed(path, table)
+    with _parquet(path, table.uri) as file:
+        return file.read()
+
+
+def _refuse_changed(path: Path, table: Table) -> None:
+    if not path.is_file() or path.stat().st_size != table.size:
+        raise DataError(
+            f"{table.uri} is not the file it was when the run was planned.",
+            "Every node must see the same file (a shared folder, s3:// or the hub); start again if it changed.",
+        )
 
 
 def _parquet_rows(path: Path, uri: str, first: int, count: int) -> Iterator[dict[str, Any]]:

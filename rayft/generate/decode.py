@@ -54,15 +54,18 @@ def sampling(
 
     def choose(logits_BV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         logprobs_BV = (logits_BV.float() / temperature).log_softmax(-1)
-        sorted_BV, ids_BV = logprobs_BV.exp().sort(-1, descending=True)
-        before_BV = sorted_BV.cumsum(-1) - sorted_BV
-        kept_BV = sorted_BV.masked_fill(before_BV >= top_p, 0.0)
-        if top_k is not None:
-            kept_BV[:, top_k:] = 0.0
-        kept_BV = kept_BV.double().cumsum(-1)
+        kept_BV, ids_BV = logprobs_BV.exp(), None
+        if top_p < 1 or top_k is not None:  # sorting takes longer than all the rest
+            sorted_BV, ids_BV = kept_BV.sort(-1, descending=True)
+            before_BV = sorted_BV.cumsum(-1) - sorted_BV
+            kept_BV = sorted_BV.masked_fill(before_BV >= top_p, 0.0)
+            if top_k is not None:
+                kept_BV[:, top_k:] = 0.0
+        kept_BV = kept_BV.cumsum(-1, dtype=torch.float64)
         at_B1 = torch.tensor([[draw(row)] for row in rows], device=kept_BV.device, dtype=torch.float64)
         picked_B1 = torch.searchsorted(kept_BV, at_B1 * kept_BV[:, -1:], right=True)
-        tokens_B1 = ids_BV.gather(-1, picked_B1.clamp(max=ids_BV.shape[-1] - 1))
+        picked_B1 = picked_B1.clamp(max=kept_BV.shape[-1] - 1)
+        tokens_B1 = picked_B1 if ids_BV is None else ids_BV.gather(-1, picked_B1)
         if record is not None:
             record(rows, logprobs_BV.gather(-1, tokens_B1)[:, 0].tolist())
         return tokens_B1[:, 0]

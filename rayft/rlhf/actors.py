@@ -48,9 +48,9 @@ class ModelActor:
         self._mini_batches: list[MiniBatch] = []
         self._packed = self.plan.packed
 
-    def where(self) -> tuple[str, list[int]]:
-        """Address of the node, and the GPUs that Ray gave this process."""
-        return ray.util.get_node_ip_address(), [int(gpu) for gpu in ray.get_gpu_ids()]
+    def where(self) -> tuple[str, list[str]]:
+        """Address of the node, and the GPUs that Ray gave this process (numbers, or identifiers where the node is set up so)."""
+        return ray.util.get_node_ip_address(), [str(gpu) for gpu in ray.get_gpu_ids()]
 
     def address(self) -> str:
         """Where the ranks of this role meet; asked of the first."""

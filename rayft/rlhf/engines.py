@@ -140,8 +140,12 @@ class VllmCopy:
                 "VLLM_CPU_KVCACHE_SPACE",
                 str(kv_cache_gib(load_config(files, job.model), job.data.max_length, job.rollout.batch_size)),
             )
-        # Beside other roles it has its part of the GPU, as the placement says, and not vLLM's usual 90 % of all of it.
-        share = {"gpu_memory_utilization": round(0.9 * spot.gpus, 3)} if 0 < spot.gpus < 1 else {}
+        share: dict[str, Any] = {}
+        if 0 < spot.gpus < 1:
+            # Beside other roles it has its part of the GPU, not vLLM's usual 90 % of all of it, and a cache of a size that does not
+            # depend on what the others hold just now.
+            gib = kv_cache_gib(load_config(files, job.model), job.data.max_length, job.rollout.batch_size)
+            share = {"gpu_memory_utilization": round(0.9 * spot.gpus, 3), "kv_cache_memory_bytes": gib << 30}
         self._engine = VllmEngine(
             files.folder,
             files.tokenizer,

@@ -47,7 +47,8 @@ def lay_out(lengths: Sequence[int], job: Job, *, ranks: int, packed: bool, step:
     if job.rl.num_mini_batches > 1:
         order = np.random.default_rng([job.seed, step]).permutation(len(lengths))
     mini_batches = []
-    for part in np.array_split(order, job.rl.num_mini_batches):
+    # The last step of an epoch may have fewer answers than mini-batches.
+    for part in np.array_split(order, min(job.rl.num_mini_batches, len(order))):
         own = [lengths[i] for i in part]
         layout = packed_layout if packed else padded_layout
         slots = layout(own, job.data.max_length, job.train.micro_batch_size, ranks)

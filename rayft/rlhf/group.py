@@ -26,7 +26,8 @@ class Group:
     """The processes of one role, rank by rank.
 
     make: starts the process of a rank. restarts: how often processes of a role that holds nothing of its own are started again
-    in the middle of a step; every other death raises RoleDied. tell: told what a restart was for and what it cost.
+    in the middle of a step; every other death raises RoleDied. restart_s: seconds that each call to a process that starts again
+    may take. tell: told what a restart was for and what it cost.
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class Group:
         size: int,
         *,
         restarts: int = 0,
+        restart_s: float = 1800.0,
         tell: Callable[[str], None] = print,
     ) -> None:
         self.role, self._make, self._restarts, self._tell = role, make, restarts, tell
+        self._restart_s = restart_s
         self._kept: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.actors: list[Any] = [make(rank) for rank in range(size)]
 
@@ -75,17 +78,20 @@ class Group:
         self.keep(method, *args, **kwargs)
         return self.start(method, *args, **kwargs)
 
-    def revive(self, rank: int, why: RoleDied, timeout_s: float) -> None:
-        """Start the process of a rank again and bring it to where it was. Raises `why` where that cannot be."""
+    def revive(self, rank: int, why: RoleDied) -> dict[str, Any]:
+        """Start the process of a rank again and bring it to where it was; returns what the calls for that gave, by method. Raises
+        `why` where that cannot be."""
         if self._restarts == 0:
             raise why
         self._restarts -= 1
         began = time.monotonic()
         ray.kill(self.actors[rank])
         self.actors[rank] = self._make(rank)
+        gave = {}
         for method, (args, kwargs) in list(self._kept.items()):
-            wait([Call([Task(self, rank, method, args, kwargs)])], timeout_s)
+            [[gave[method]]] = wait([Call([Task(self, rank, method, args, kwargs)])], self._restart_s)
         self._tell(f"{why.message} It was started again within {time.monotonic() - began:.1f} s.")
+        return gave
 
     def kill(self) -> None:
         """End the processes."""
@@ -156,7 +162,9 @@ def first_done(tasks: Sequence[Task], timeout_s: float, late: RayftError | None 
                 f"The role {task.group.role} gave no answer to `{task.method}` for {timeout_s:.0f} s.",
                 "Raise cluster.hang_timeout_s if it was only slow.",
             )
-        task.group.revive(task.rank, why, timeout_s)
+        gave = task.group.revive(task.rank, why)
+        if task.method in gave:  # starting again did just this
+            return task, gave[task.method]
         task.ask()
         deadline = time.monotonic() + timeout_s
 

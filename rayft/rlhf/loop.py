@@ -78,6 +78,7 @@ class Loop:
         self.prompts, self.roles, self.state = prompts, roles, state
         self.recorder, self.store, self._between = recorder, store, between
         self.held_out = held_out
+        self._saved_step = state.step
         self._ahead = Ahead() if self.job.rollout.lag else None
         if self._ahead and state.ahead:
             self._ahead.have(kept_ahead(store, state.ahead, prompts))
@@ -97,8 +98,9 @@ class Loop:
                 self._measure_held_out()
             began = time.perf_counter()
             step = self._next()
-            if not step.rollouts:
-                break  # what is left of the epoch was dropped
+            if not step.rollouts:  # what is left of the epoch was dropped
+                self.recorder.row.remote({"kind": "ledger", "step": state.step, **step.ledger})
+                break
             rollouts, count = step.rollouts, len(step.rollouts)
             lengths = [len(r.prompt.ids) + len(r.ids) for r in rollouts]
             layout = lay_out(lengths, job, ranks=len(roles.policy), packed=self.plan.packed, step=state.step)
@@ -135,6 +137,8 @@ class Loop:
                 self._save()
             if stop:
                 self._stop(stop)
+        if state.step > self._saved_step:  # the epoch ended before the step that was planned as the last
+            self._save()
         self._finish_saving()
         roles.suites("after", state.step)
         self._measure_held_out()
@@ -270,6 +274,7 @@ class Loop:
         if self._ahead and self._ahead.begun:
             state["ahead"] = keep_ahead(self.store, self.state.step, self._ahead.look())
         self._tell_commit(self.roles.save(self.state.step, state))
+        self._saved_step = self.state.step
 
     def _finish_saving(self) -> None:
         self._tell_commit(self.roles.finish_saving())

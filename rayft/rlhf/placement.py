@@ -44,7 +44,7 @@ class Table:
 def table_of(job: Job, *, critic: bool, reference: bool) -> Table:
     """The bundles and spots of a job, whose method has a critic or a reference of its own, or not."""
     cluster, placement = job.cluster, job.placement
-    ranks = cluster.max_workers
+    ranks, per_rank = cluster.max_workers, cluster.gpus_per_worker
     bundles: list[tuple[str, Resources]] = [("policy", worker_resources(cluster))] * ranks
     roles = [("critic", placement.critic, ranks)] if critic else []
     roles += [("reference", placement.reference, ranks)] if reference else []
@@ -54,25 +54,37 @@ def table_of(job: Job, *, critic: bool, reference: bool) -> Table:
         place = placement.rewards
         place = place if source.type == "model" else place.model_copy(update={"gpus": 0.0})
         roles.append((f"reward {source.name}", place, 1))
-    given = sum(place.gpus or 0.0 for _, place, _ in roles if not place.apart)
-    open_ = sum(place.gpus is None for _, place, _ in roles if not place.apart)
-    share = max(0.0, cluster.gpus_per_worker - given) / (1 + open_)
-    spots: dict[str, list[Spot]] = {"policy": [Spot(rank, share, cluster.threads) for rank in range(ranks)]}
+    spots: dict[str, list[Spot]] = {"policy": []}
+    # Processes in the bundle of each rank: what they ask for, and None for an equal share of what is left.
+    asked: list[list[tuple[str, float | None]]] = [[] for _ in range(ranks)]
     beside = 0
     for role, place, count in roles:
         if place.apart:
-            own = worker_resources(cluster) if role == "critic" else _resources(place.cpus, place.gpus or 0.0)
+            gpus = (1.0 if per_rank else 0.0) if place.gpus is None else place.gpus
+            own = worker_resources(cluster) if role == "critic" else _resources(place.cpus, gpus)
             first = len(bundles)
             bundles += [(role, own)] * count
             threads = cluster.threads if role == "critic" else max(1, int(place.cpus))
-            gpus = own.get("GPU", 0.0)
-            spots[role] = [Spot(first + number, gpus, threads) for number in range(count)]
+            spots[role] = [Spot(first + number, own.get("GPU", 0.0), threads) for number in range(count)]
         else:
-            gpus = share if place.gpus is None else place.gpus
             start = beside if role.startswith("reward ") else 0  # rewards are spread over the bundles
             beside += role.startswith("reward ")
-            spots[role] = [Spot((start + number) % ranks, gpus, cluster.threads) for number in range(count)]
+            for number in range(count):
+                asked[(start + number) % ranks].append((role, place.gpus))
+    share = min(_share(per_rank, own) for own in asked)
+    for rank, own_asked in enumerate([("policy", None), *own] for own in asked):
+        for role, gpus_asked in own_asked:
+            gpus = share if gpus_asked is None else gpus_asked
+            spots.setdefault(role, []).append(Spot(rank, gpus, cluster.threads))
     return Table(bundles, spots)
+
+
+def _share(gpus: float, asked: Sequence[tuple[str, float | None]]) -> float:
+    """What a rank's policy, and every process beside it that names no part, has of the rank's GPUs; the job has made sure that
+    something is left."""
+    left = gpus - sum(part for _, part in asked if part)
+    assert left > 0 or not gpus
+    return left / (1 + sum(part is None for _, part in asked))
 
 
 def refuse_what_never_fits(table: Table, nodes: Sequence[tuple[str, Resources]]) -> None:
@@ -137,6 +149,9 @@ def place(actor: Any, reserved: PlacementGroup, spot: Spot, environment: dict[st
     """Start an actor at a spot; it is told the spot first."""
     there = PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=spot.bundle)
     environment = environment | {"OMP_NUM_THREADS": str(spot.threads)}
+    if not spot.gpus:
+        # Ray hides no GPU from a process that asked for none, and what finds one would use it beside those it belongs to.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     return (
         ray.remote(actor)
         .options(
@@ -150,12 +165,14 @@ def place(actor: Any, reserved: PlacementGroup, spot: Spot, environment: dict[st
     )
 
 
-def in_physical_order(where: Sequence[tuple[str, Sequence[int]]]) -> list[int]:
+def in_physical_order(where: Sequence[tuple[str, Sequence[str]]]) -> list[int]:
     """Indices sorted by node and GPU: bundles come in an order of Ray's own, and neighbouring ranks talk most."""
 
-    def key(index: int) -> tuple[bytes, list[int], int]:
+    def key(index: int) -> tuple[bytes, list[tuple[int, str]], int]:
         address, gpus = where[index]
-        return ipaddress.ip_address(address).packed, sorted(gpus), index
+        # Numbers by their size; identifiers, which have no order of their own, as they are written.
+        named = sorted((int(gpu) if gpu.isdigit() else 0, gpu) for gpu in gpus)
+        return ipaddress.ip_address(address).packed, named, index
 
     return sorted(range(len(where)), key=key)
 

@@ -12,7 +12,7 @@ from typing import Any
 from rayft.data.comparisons import listed
 from rayft.data.formats import conversation, rename
 from rayft.data.order import Order
-from rayft.data.read import open_tables, read_rows
+from rayft.data.read import open_tables, read_row
 from rayft.data.template import ChatTokenizer
 from rayft.errors import DataError
 from rayft.generate.prompts import chat_prompt, text_prompt
@@ -103,7 +103,7 @@ class PromptSet:
         row = self._row(position)
         number = bisect_right(self._firsts, row) - 1
         source, table = self._tables[number]
-        [(where, values)] = read_rows(table, row - self._firsts[number], 1, self._node_dir)
+        where, values = read_row(table, row - self._firsts[number], self._node_dir)
         row_values = rename(values, source, where)
         content, ids = self._encode(row_values, source, where)
         if len(ids) > self.longest:

@@ -16,6 +16,11 @@ from rayft.errors import DataError, JobError, RayftError
 from rayft.rlhf.placement import Spot
 from rayft.spec import RewardSource
 
+#: Answers of a request, where the job does not say.
+BATCH = 64
+#: Longest pause between two tries of a request, in seconds.
+PAUSE_S = 30.0
+
 
 class RewardError(JobError):
     """What scores answers did not give a number for each. Mending it needs no other job, so a retry is no waste."""
@@ -34,21 +39,27 @@ class Scorer(Protocol):
 class RewardActor:
     """The process of one reward source."""
 
-    def __init__(self, spot: Spot, source: RewardSource, rank: int = 0, size: int = 1) -> None:
+    def __init__(
+        self, spot: Spot, source: RewardSource, precision: str = "bf16", rank: int = 0, size: int = 1
+    ) -> None:
+        """precision: the job's, which a reward model computes in, whatever node it is on."""
         import torch
 
         torch.set_num_threads(spot.threads)
-        self._source = source
+        self._source, self._spot = source, spot
+        self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self._scorer: Scorer | None = None
 
     def load(self) -> None:
         """Make it ready. Raises JobError where there is no such function or model."""
-        made: dict[str, Callable[[RewardSource], Scorer]] = {
-            "function": FunctionScorer,
-            "model": ModelScorer,
-            "http": HttpScorer,
-        }
-        self._scorer = made[self._source.type](self._source)
+        if self._source.type == "model":
+            self._scorer = ModelScorer(self._source, device=self._spot.device, dtype=self._dtype)
+        else:
+            made: dict[str, Callable[[RewardSource], Scorer]] = {
+                "function": FunctionScorer,
+                "http": HttpScorer,
+            }
+            self._scorer = made[self._source.type](self._source)
 
     def score(
         self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list[Any]]
@@ -83,11 +94,12 @@ class FunctionScorer:
 class ModelScorer:
     """A model made by `method: reward`; of several heads the mean counts."""
 
-    def __init__(self, source: RewardSource) -> None:
+    def __init__(self, source: RewardSource, *, device: str | None = None, dtype: Any = None) -> None:
+        """device, dtype: as for `load_score_model`."""
         from rayft.data.template import ChatTokenizer
         from rayft.generate.scores import ScoreEngine, load_score_model
 
-        module, tokenizer = load_score_model(source.path)
+        module, tokenizer = load_score_model(source.path, device=device, dtype=dtype)
         self._engine, self._chat, self._name = ScoreEngine(module), ChatTokenizer(tokenizer), source.name
 
     def __call__(
@@ -128,12 +140,12 @@ class HttpScorer:
 
     def __init__(self, source: RewardSource) -> None:
         self._source = source
-        self._tries = 1 + (3 if source.retries is None else source.retries)
+        self._tries = tries(source)
 
     def __call__(
         self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list[Any]]
     ) -> list[float]:
-        size, found = self._source.batch_size or 64, list[float]()
+        size, found = self._source.batch_size or BATCH, list[float]()
         for first in range(0, len(answers), size):
             part = slice(first, first + size)
             rows = {name: values[part] for name, values in columns.items()}
@@ -148,7 +160,7 @@ class HttpScorer:
         reason = ""
         for attempt in range(self._tries):
             if attempt:
-                time.sleep(min(2.0 ** (attempt - 1), 30.0))
+                time.sleep(min(2.0 ** (attempt - 1), PAUSE_S))
             try:
                 answer = requests.post(
                     self._source.path,
@@ -178,6 +190,20 @@ class HttpScorer:
                 f"{answer.text[:100]!r}.",
                 'It must answer with JSON such as {"scores": [0.5, 1.0]}, one number for each completion.',
             ) from None
+
+
+def tries(source: RewardSource) -> int:
+    """How often a request to an endpoint is made at most."""
+    return 1 + (3 if source.retries is None else source.retries)
+
+
+def longest_wait(source: RewardSource, answers: int) -> float:
+    """Seconds after which a source is late with the scores of so many answers: an endpoint has its time-out for each try of each
+    request."""
+    if source.type != "http":
+        return source.timeout_s
+    requests = -(-answers // (source.batch_size or BATCH))
+    return requests * tries(source) * (source.timeout_s + PAUSE_S) + PAUSE_S
 
 
 def _plain(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from rayft.rlhf.placement import await_room, in_physical_order, place, reserve, 
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.pool import EnginePool
 from rayft.rlhf.prompts import Prompt
-from rayft.rlhf.rewards import RewardActor, RewardError
+from rayft.rlhf.rewards import RewardActor, RewardError, longest_wait
 from rayft.rlhf.rollout import Rollout, Unit, collect, units_of
 from rayft.train.group import worker_environment
 
@@ -35,7 +35,8 @@ class Roles:
 
     def __init__(self, plan: RlPlan, recorder: Any, say: Callable[[str], None]) -> None:
         self.plan, self.job, self.recorder = plan, plan.job, recorder
-        self.timeout_s = max(SLOW_S, self.job.cluster.hang_timeout_s)
+        self.hang_s = self.job.cluster.hang_timeout_s
+        self.timeout_s = max(SLOW_S, self.hang_s)
         self._say, self._version = say, 0
         self._environment = worker_environment(self.job, plan.stage)
         self._table = table_of(self.job, critic=plan.critic is not None, reference=plan.reference == "group")
@@ -43,6 +44,8 @@ class Roles:
         self._reserved = reserve(self._table, self.job.cluster.start_timeout_s, say)
         self._learners: list[Group] = []
         self._others: list[Group] = []
+        self._starting: list[tuple[Group, Call]] = []
+        self._put: tuple[Columns, dict[str, Any]] = ({}, {})
         self.reference: Group | None = None
         self.critic: Group | None = None
         self.engines: EnginePool | None = None
@@ -59,7 +62,11 @@ class Roles:
         self.policy = self._learner("policy", PolicyActor)
         self.critic = self._learner("critic", CriticActor) if self.plan.critic else None
         building = [group.start("build", epoch, self.recorder) for group in self._learners]
-        wait([*building, *self._start_others()], self.timeout_s)
+        self._start_others()
+        # Those that were starting when another role died are waited for here as well: if one failed, this is where it is told.
+        starting = [call for group, call in self._starting if group in self._others]
+        wait([*building, *starting], self.timeout_s)
+        self._starting = []
         if resumed_step is not None:
             wait([group.start("load", resumed_step) for group in self._learners], self.timeout_s)
         if self.engines is not None:
@@ -75,10 +82,9 @@ class Roles:
         wait(joining, self.timeout_s)
         return group
 
-    def _start_others(self) -> list[Call]:
-        """Start those roles that hold nothing of their own and are not there; returns what they are at work on."""
+    def _start_others(self) -> None:
+        """Start those roles that hold nothing of their own and are not there."""
         there = {group.role for group in self._others}
-        calls: list[Call] = []
 
         def stateless(role: str, actor: Any, method: str, *args: Any) -> Group:
             restarts = self.job.cluster.max_failures
@@ -87,25 +93,28 @@ class Roles:
                 self._maker(role, actor, *args),
                 len(self._spots[role]),
                 restarts=restarts,
+                restart_s=self.timeout_s,
                 tell=self._tell_recovery,
             )
             self._others.append(group)
-            calls.append(group.set_up(method))
+            self._starting.append((group, group.set_up(method)))
             return group
 
         if self.plan.reference == "group" and "reference" not in there:
             self.reference = stateless("reference", ReferenceActor, "build", self.plan)
         for source in self.job.rewards:
             if (role := f"reward {source.name}") not in there:
-                self.rewards[source.name] = stateless(role, RewardActor, "load", source)
+                precision = self.job.train.precision
+                self.rewards[source.name] = stateless(role, RewardActor, "load", source, precision)
         if self.job.rollout.engines and "rollout" not in there:
             self.engines = EnginePool(stateless("rollout", EngineActor, "build", self.plan), self.timeout_s)
-        return calls
 
     def _maker(self, role: str, actor: Any, *args: Any) -> Callable[[int], Any]:
         spots = self._spots[role]
 
         def make(rank: int) -> Any:
+            # After a node was lost there may be no room for a while, which is said.
+            await_room(self._reserved, self._table, self.job.cluster.start_timeout_s, self._say)
             return place(actor, self._reserved, spots[rank], self._environment, *args, rank, len(spots))
 
         return make
@@ -132,7 +141,9 @@ class Roles:
         """Answers to the prompts, `num_generations` (default: the job's) to each, by the weights of the last sync."""
         num_generations = num_generations or self.job.rl.num_generations or 1
         seed = self.job.seed if seed is None else seed
-        units = units_of(prompts, num_generations, self.job.rollout.unit_prompts, seed)
+        # A unit has as many answers whoever asks, so that single answers to held-out prompts do not leave engines half idle.
+        answers = self.job.rollout.unit_prompts * (self.job.rl.num_generations or 1)
+        units = units_of(prompts, num_generations, max(1, answers // num_generations), seed)
         done = self.engines.generate(units) if self.engines is not None else self._generate_inside(units)
         flat = [(done[unit.number][0], *pair) for unit in units for pair in done[unit.number][1]]
         return collect(prompts, num_generations, flat)
@@ -159,11 +170,12 @@ class Roles:
         }
         found = {}
         for source in self.job.rewards:
+            allowed = longest_wait(source, len(rollouts))
             late = RewardError(
-                f"The reward {source.name} gave no scores for {len(rollouts)} answers within {source.timeout_s:g} s.",
+                f"The reward {source.name} gave no scores for {len(rollouts)} answers within {allowed:g} s.",
                 "Make it faster, or raise its timeout_s.",
             )
-            [[scores]] = wait([asked[source.name]], source.timeout_s, late)
+            [[scores]] = wait([asked[source.name]], allowed, late)
             found[source.name] = np.array(scores, np.float64)
         total = sum(
             (source.weight * found[source.name] for source in self.job.rewards), np.zeros(len(rollouts))
@@ -177,32 +189,32 @@ class Roles:
         packed = self.plan.packed if packed is None else packed
         examples = ray.put([rollout.example for rollout in rollouts])
         layout = ray.put(list(mini_batches))
-        wait([group.set_up("take", examples, layout, packed) for group in self._models()], self.timeout_s)
+        wait([group.set_up("take", examples, layout, packed) for group in self._models()], self.hang_s)
 
     def old_logprobs(self, count: int) -> list[np.ndarray]:
         """The policy's log-probabilities of the answers' tokens, before the step's updates."""
-        return _in_order(self.policy.call("logprobs", timeout_s=self.timeout_s), count)
+        return _in_order(self.policy.call("logprobs", timeout_s=self.hang_s), count)
 
     def reference_logprobs(self, count: int) -> list[np.ndarray] | None:
         """The reference's, or None without one."""
         if self.plan.reference is None:
             return None
         if self.reference is not None:
-            return _in_order(self.reference.call("logprobs", timeout_s=self.timeout_s), count)
-        return _in_order(self.policy.call("logprobs", reference=True, timeout_s=self.timeout_s), count)
+            return _in_order(self.reference.call("logprobs", timeout_s=self.hang_s), count)
+        return _in_order(self.policy.call("logprobs", reference=True, timeout_s=self.hang_s), count)
 
     def values(self, count: int) -> list[np.ndarray] | None:
         """The critic's values, or None without one."""
-        return _in_order(self.critic.call("values", timeout_s=self.timeout_s), count) if self.critic else None
+        return _in_order(self.critic.call("values", timeout_s=self.hang_s), count) if self.critic else None
 
     def update_critic(self, number: int, columns: Columns, learning_rate: float) -> StepResult | None:
         """One update of the critic, if there is one."""
         if self.critic is None:
             return None
-        wanted = {name: columns[name] for name in ("old_values", "returns", "weights")}
-        result: StepResult = self.critic.call(
-            "update", number, ray.put(wanted), learning_rate, timeout_s=self.timeout_s
-        )[0]
+        wanted = self._shared("critic", columns, ("old_values", "returns", "weights"))
+        result: StepResult = self.critic.call("update", number, wanted, learning_rate, timeout_s=self.hang_s)[
+            0
+        ]
         return result
 
     def update_policy(
@@ -210,11 +222,20 @@ class Roles:
     ) -> StepResult:
         """One update of the policy."""
         names = ("old_logprobs", "advantages", "weights", "importance", "reference")
-        wanted = {name: columns[name] for name in names if name in columns}
+        wanted = self._shared("policy", columns, names)
         result: StepResult = self.policy.call(
-            "update", number, ray.put(wanted), learning_rate, kl_coef, timeout_s=self.timeout_s
+            "update", number, wanted, learning_rate, kl_coef, timeout_s=self.hang_s
         )[0]
         return result
+
+    def _shared(self, role: str, columns: Columns, names: Sequence[str]) -> Any:
+        """These columns in the object store, where they are put once a step."""
+        if self._put[0] is not columns:
+            self._put = (columns, {})
+        refs = self._put[1]
+        if role not in refs:
+            refs[role] = ray.put({name: columns[name] for name in names if name in columns})
+        return refs[role]
 
     def suites(self, when: str, step: int) -> None:
         """Measure the job's suites on the policy."""
@@ -223,7 +244,7 @@ class Roles:
 
     def peak_memory_gb(self) -> list[float]:
         """Of each rank of the policy."""
-        return self.policy.call("peak_memory_gb", timeout_s=self.timeout_s)
+        return self.policy.call("peak_memory_gb", timeout_s=self.hang_s)
 
     def save(self, step: int, state: dict[str, Any]) -> int | None:
         """Start a checkpoint of policy and critic; returns a step that was committed meanwhile."""

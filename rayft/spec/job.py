@@ -133,6 +133,10 @@ class Job(Group):
                     raise ValueError(f"{name}: this group does nothing under method {self.method}")
             return
         self.rl = self.rl.filled(self.method)
+        if self.train.early_stopping_patience:
+            raise ValueError(
+                f"train.early_stopping_patience goes by a loss on data.eval; method {self.method} measures rewards there"
+            )
         if not self.rewards:
             raise ValueError(
                 f"method {self.method} needs `rewards`, a list of what scores the model's answers"
@@ -160,6 +164,10 @@ class Job(Group):
             )
         if self.rollout.engine == "vllm" and (self.adapter.modules_to_save or self.adapter.use_dora):
             raise ValueError("rollout.engine vllm takes plain LoRA: no adapter.modules_to_save, no use_dora")
+        if self.rollout.engine == "vllm" and self.adapter.type == "lora" and self.adapter.lora_r > 512:
+            raise ValueError(
+                f"rollout.engine vllm takes adapters up to adapter.lora_r 512, not {self.adapter.lora_r}"
+            )
         self._placement_agrees()
         if self.adapter.type == "qlora":
             raise ValueError(f"adapter.type qlora is not there yet for method {self.method}; use lora")
@@ -200,13 +208,24 @@ class Job(Group):
             raise ValueError(
                 "placement.rollout: without rollout.engines answers are drawn inside the policy's processes"
             )
-        given = 0.0
+        ranks, given = self.cluster.max_workers, 0.0
+        models = sum(source.type == "model" for source in self.rewards)
+        # Processes in the fullest bundle of a rank.
+        beside = {"rollout": -(-self.rollout.engines // ranks), "rewards": -(-models // ranks)}
         for name, place in placement:
             if place.apart and name == "critic" and (place.gpus is not None or place.cpus != 1):
                 raise ValueError("placement.critic: apart it has what a rank of the policy has (cluster)")
             if not place.apart and place.cpus != 1:
                 raise ValueError(f"placement.{name}.cpus is for bundles of their own; set apart to true")
-            given += 0.0 if place.apart else place.gpus or 0.0
+            if not place.apart and place.gpus and not self.cluster.gpus_per_worker:
+                raise ValueError(
+                    f"placement.{name}.gpus is a part of a rank's GPU, and cluster.gpus_per_worker is 0"
+                )
+            if name == "rewards" and place.gpus and not models:
+                raise ValueError(
+                    "placement.rewards.gpus is for rewards that are models; a function or an endpoint takes none"
+                )
+            given += 0.0 if place.apart else beside.get(name, 1) * (place.gpus or 0.0)
         if given and given >= self.cluster.gpus_per_worker:
             raise ValueError(
                 f"placement: the roles beside the policy ask for {given:g} GPUs a rank, and of cluster.gpus_per_worker "

@@ -294,8 +294,8 @@ class Place(Group):
     cpus: PositiveFloat = Field(1, description="apart: CPUs of each process.")
     gpus: NonNegativeFloat | None = Field(
         None,
-        description="GPUs of each process; beside the policy, its part of the rank's (default: all roles there share equally). Rewards "
-        "that are no model take none.",
+        description="GPUs of each process; beside the policy, its part of the rank's (default: all processes there share equally), "
+        "apart by default one where the policy has any. Rewards that are no model take none.",
     )
 
 
@@ -319,7 +319,9 @@ class RewardSource(Group):
         "that is sent the same as JSON and answers with a list under `scores`."
     )
     weight: float = Field(1.0, description="0: measured, and not learned from.")
-    timeout_s: PositiveFloat = Field(300.0, description="Seconds that a step's scores may take.")
+    timeout_s: PositiveFloat = Field(
+        300.0, description="Seconds that a step's scores may take; http: each request."
+    )
     retries: int | None = Field(
         None, ge=0, description="http: how often a request that failed is made again (default: 3)."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rayft.checkpoint import committed_steps
 from rayft.cli import main
 from rayft.report.log import read_log
 from rayft.storage import open_store
@@ -124,6 +126,31 @@ def test_an_epoch_ends_with_its_last_prompt(folder: Path, local_ray: None) -> No
     ledger = [row for row in read_log(open_store(folder / "runs" / "epoch")) if row["kind"] == "ledger"]
     assert [len(row["trained"]) for row in ledger] == [16, 8]
     assert sorted(row for entry in ledger for row in entry["trained"]) == list(range(24))
+
+
+def test_an_epoch_that_ends_early_is_saved(folder: Path, local_ray: None) -> None:
+    """Prompts that are too long make the epoch shorter than was planned; its last step has fewer answers than mini-batches."""
+    rows = [{"prompt": "a" * (3 if number < 6 else 300), "id": number} for number in range(10)]
+    (folder / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = rl_job(
+        folder,
+        "reinforce++",
+        name="early",
+        data={"train": [{"path": str(folder / "uneven.jsonl")}], "max_length": 96},
+        rl={"num_mini_batches": 3},
+        train={"max_steps": None, "num_train_epochs": 1, "global_batch_size": 4, "learning_rate": 1e-3},
+        checkpoint={"every_steps": 100},
+        cluster={"num_workers": 1},
+    )
+    assert run(job, folder) == 0
+    store = open_store(folder / "runs" / "early")
+    ledger = [row for row in read_log(store) if row["kind"] == "ledger"]
+    assert [len(row["trained"]) for row in ledger if row["trained"]] == [4, 2]
+    assert sorted(row for entry in ledger for what in ("trained", "too_long") for row in entry[what]) == list(
+        range(10)
+    )
+    assert committed_steps(store) == [2]
+    assert store.exists("model/config.json")
 
 
 def test_it_learns_what_is_rewarded(folder: Path, local_ray: None) -> None:

@@ -80,6 +80,20 @@ def test_the_gpu_jobs_plan_within_their_gpus(name: str) -> None:
     assert choice.fits
 
 
+@pytest.mark.parametrize("name", ["ppo", "ppo_hub_gpu"])
+def test_a_critic_can_be_made_of_the_ppo_jobs(name: str, tmp_path: Path) -> None:
+    """Whatever they say of rewards, placement and the rest; here with functions for rewards, as no model is at hand."""
+    from rayft.rlhf.plan import critic_job
+
+    job = load_job(ROOT / "jobs" / f"{name}.yaml")
+    functions = [
+        s.model_copy(update={"type": "function", "path": "a.py:b", "retries": None}) for s in job.rewards
+    ]
+    made = critic_job(job.model_copy(update={"rewards": functions}), None, tmp_path, print)
+    assert made.method == "reward"
+    assert (made.cluster, made.zero, made.train) == (job.cluster, job.zero, job.train)
+
+
 @pytest.mark.parametrize(("name", "nodes"), [("grpo_hub_gpu", 3), ("ppo_hub_gpu", 2)])
 def test_the_gpu_jobs_fill_their_nodes(name: str, nodes: int) -> None:
     """The nodes they speak of hold them, and one node less does not."""

@@ -76,6 +76,47 @@ def test_what_can_never_fit_is_refused_with_the_arithmetic() -> None:
 
 
 def test_ranks_are_numbered_by_node_and_gpu() -> None:
-    where = [("10.0.0.10", [1]), ("10.0.0.2", [3]), ("10.0.0.10", [0]), ("10.0.0.2", [0])]
+    where = [("10.0.0.10", ["11"]), ("10.0.0.2", ["3"]), ("10.0.0.10", ["9"]), ("10.0.0.2", ["0"])]
     assert in_physical_order(where) == [3, 1, 2, 0]
+    assert in_physical_order([("10.0.0.1", ["GPU-b"]), ("10.0.0.1", ["GPU-a"])]) == [1, 0]
+
+
+def loads(made: Any) -> list[float]:
+    """GPUs that processes take of each bundle."""
+    taken = [0.0] * len(made.bundles)
+    for spots in made.spots.values():
+        for spot in spots:
+            taken[spot.bundle] += spot.gpus
+    return taken
+
+
+@pytest.mark.parametrize("engines", [1, 2, 3, 4])
+@pytest.mark.parametrize("models", [0, 1, 3])
+def test_no_bundle_is_asked_for_more_than_it_has(engines: int, models: int) -> None:
+    made = table(
+        cluster={"num_workers": 2, "gpus_per_worker": 1},
+        rollout={"engines": engines, "max_new_tokens": 8},
+        rewards=[{"name": f"m{number}", "type": "model", "path": "m"} for number in range(models)]
+        or [{"name": "r", "type": "function", "path": "r.py:f"}],
+    )
+    taken = loads(made)
+    assert max(taken) == pytest.approx(1.0)
+    assert len({spot.gpus for spot in made.spots["policy"]}) == 1
+    assert made.spots["policy"][0].gpus > 0
+    assert len(made.spots["rollout"]) == engines
+
+
+def test_roles_that_compute_have_a_gpu_of_their_own_apart() -> None:
+    apart = {"apart": True}
+    made = table(
+        cluster={"num_workers": 1, "gpus_per_worker": 1},
+        rollout={"engines": 1, "max_new_tokens": 8},
+        placement={"reference": apart, "rollout": apart, "rewards": apart},
+    )
+    assert [(role, need.get("GPU", 0)) for role, need in made.bundles] == [
+        ("policy", 1),
+        ("reference", 1),
+        ("rollout", 1),
+        ("reward r", 0),
+    ]
     assert in_physical_order([("10.0.0.1", []), ("10.0.0.1", [])]) == [0, 1]

@@ -14,7 +14,7 @@ import pytest
 
 from rayft.errors import JobError
 from rayft.rlhf.placement import Spot
-from rayft.rlhf.rewards import FunctionScorer, HttpScorer, ModelScorer, RewardActor, checked
+from rayft.rlhf.rewards import FunctionScorer, HttpScorer, ModelScorer, RewardActor, checked, longest_wait
 from rayft.spec import RewardSource
 from tests.tiny import save_tiny
 from tests.unit.test_model_score import checkpoint_of, job_of
@@ -212,6 +212,14 @@ def test_an_endpoint_that_misbehaves_is_one_sentence(
         scorer(PROMPTS, ["xx", "yyy"], {})
     for word in words:
         assert word in str(caught.value)
+
+
+def test_an_endpoint_has_its_time_out_for_every_try_of_every_request() -> None:
+    values = {"name": "mine", "type": "http", "path": "http://a/b", "timeout_s": 10}
+    http = RewardSource.model_validate({**values, "retries": 2, "batch_size": 8})
+    assert longest_wait(http, 20) >= 3 * 3 * 10
+    function = RewardSource.model_validate({**values, "type": "function", "path": "a.py:b"})
+    assert longest_wait(function, 20) == 10
 
 
 def test_an_endpoint_that_is_down_is_one_sentence() -> None:

@@ -84,8 +84,37 @@ def test_what_the_methods_choose() -> None:
         ("grpo", {"placement": {"rewards": {"cpus": 2}}}, "placement.rewards.cpus is for bundles"),
         (
             "grpo",
-            {"placement": {"rewards": {"gpus": 1}}, "cluster": {"gpus_per_worker": 1}},
+            {"placement": {"reference": {"gpus": 1}}, "cluster": {"gpus_per_worker": 1}},
             "something must be left to the policy",
+        ),
+        (
+            "grpo",
+            {
+                "rewards": [{"name": name, "type": "model", "path": "m"} for name in "abcd"],
+                "placement": {"rewards": {"gpus": 0.5}},
+                "cluster": {"gpus_per_worker": 1, "num_workers": 2},
+            },
+            "ask for 1 GPUs a rank",
+        ),
+        ("grpo", {"placement": {"reference": {"gpus": 0.5}}}, "cluster.gpus_per_worker is 0"),
+        (
+            "grpo",
+            {"placement": {"rewards": {"gpus": 0.5}}, "cluster": {"gpus_per_worker": 1}},
+            "is for rewards that are models",
+        ),
+        (
+            "grpo",
+            {
+                "train": {"early_stopping_patience": 2},
+                "eval": {"every_steps": 2},
+                "data": {"train": [{"path": "a"}], "eval": [{"path": "b"}]},
+            },
+            "train.early_stopping_patience goes by a loss",
+        ),
+        (
+            "grpo",
+            {"rollout": {"engine": "vllm", "engines": 1}, "adapter": {"type": "lora", "lora_r": 600}},
+            "up to adapter.lora_r 512",
         ),
         (
             "grpo",
