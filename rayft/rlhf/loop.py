@@ -99,7 +99,7 @@ class Loop:
             began = time.perf_counter()
             step = self._next()
             if not step.rollouts:  # what is left of the epoch was dropped
-                self.recorder.row.remote({"kind": "ledger", "step": state.step, **step.ledger})
+                self.recorder.row.remote({"kind": "ledger", "step": state.step + 1, **step.ledger})
                 break
             rollouts, count = step.rollouts, len(step.rollouts)
             lengths = [len(r.prompt.ids) + len(r.ids) for r in rollouts]
