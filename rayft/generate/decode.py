@@ -148,19 +148,23 @@ def decode(
 
 
 def prefill_packed(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Batch:
-    """Read the prompts laid end to end, as training reads documents, then part the cache into rows."""
+    """Read the prompts laid end to end, as training reads documents, then part the cache into rows. Several answers to one prompt
+    read it once."""
     device = next(model.parameters()).device
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    places: dict[tuple[int, ...], int] = {}
+    which_B = torch.tensor([places.setdefault(tuple(prompt), len(places)) for prompt in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in places])
     ends = lengths.cumsum(0)
     pack = DynamicCache()
     logits = model(
-        input_ids=torch.tensor([[token for prompt in prompts for token in prompt]], device=device),
+        input_ids=torch.tensor([[token for prompt in places for token in prompt]], device=device),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(device),
         documents=Documents(torch.nn.functional.pad(ends, (1, 0)).to(device)),
         past_key_values=pack,
         use_cache=True,
         logits_to_keep=(ends - 1).to(device),
-    ).logits[0]
+    ).logits[0][which_B.to(device)]
+    lengths, ends = lengths[which_B], ends[which_B]
     # Row b's tokens end at column T: column t is token ends[b] - T + t of the pack, or padding.
     tokens_T = torch.arange(int(lengths.max())) - int(lengths.max())
     mask_BT = (tokens_T >= -lengths[:, None]).long().to(device)

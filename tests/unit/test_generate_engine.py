@@ -241,3 +241,21 @@ def test_top_k_leaves_so_many_tokens() -> None:
     expected = torch.tensor([2.0, 1.0]).softmax(0)
     assert counts[2:].sum() == 0
     assert torch.allclose(counts[:2], expected, atol=0.03)
+
+
+def test_answers_to_one_prompt_are_those_of_the_prompt_alone() -> None:
+    """They share the reading of it, and nothing else."""
+    shared = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0], PROMPTS[1]]
+    made = engine(batch_size=5)
+    together = made.draw(shared, [1, 2, 3, 4, 5], max_new_tokens=12, temperature=1.0)
+    for seed, (prompt, answer) in enumerate(zip(shared, together, strict=True), 1):
+        [alone] = made.draw([prompt], [seed], max_new_tokens=12, temperature=1.0)
+        assert answer.ids == alone.ids
+        assert answer.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+    read = []
+    hook = made.model.get_input_embeddings().register_forward_hook(
+        lambda _, ids, __: read.append(ids[0].numel())
+    )  # type: ignore[operator]
+    made.draw(shared, [1, 2, 3, 4, 5], max_new_tokens=1, temperature=1.0)
+    hook.remove()
+    assert read[0] == len(PROMPTS[0]) + len(PROMPTS[1])
