@@ -9,7 +9,7 @@ Shapes: N tokens of D answers in a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -95,7 +95,9 @@ class PolicyObjective:
     """Weighted sum over tokens of `policy_loss`, and of the KL penalty where it is in the loss.
 
     A batch is `token_tensors` with the columns old_logprobs, advantages, weights (`token_weights`), importance (the
-    engine's correction; 1 without) and, with kl_in_loss, reference. The denominator is 1: the weights say it all. Metrics are
+    engine's correction; 1 without) and, with kl_in_loss, reference. Where the policy that is trained still is the old one, the batch
+    may have engine_logprobs in place of old_logprobs and importance, which then follow from this very pass; `tell` is called
+    with the log-probabilities, fp32[N]. The denominator is 1: the weights say it all. Metrics are
     means weighted like the loss. temperature: that the tokens were drawn at; log-probabilities are those of the tempered policy.
     """
 
@@ -104,6 +106,8 @@ class PolicyObjective:
     temperature: float = 1.0
     kl_in_loss: Estimator | None = None
     kl_weighted: bool = True
+    importance_cap: float = 2.0
+    tell: Callable[[torch.Tensor], None] = lambda _: None
 
     def logprobs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """log p of each token of the answers at the temperature, fp32[N]."""
@@ -112,9 +116,16 @@ class PolicyObjective:
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
         """Summed loss; batch["kl_coef"] float32[1] scales the penalty."""
         logprobs_N = self.logprobs(model, batch)
+        if "old_logprobs" in batch:
+            old_N, importance_N = batch["old_logprobs"], batch["importance"]
+        else:
+            old_N = logprobs_N.detach()
+            off_N = (old_N.double() - batch["engine_logprobs"]).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+            importance_N = off_N.exp().clamp(max=self.importance_cap).float()
+            self.tell(old_N)
         losses_N, ratio_N, clipped_N = policy_loss(
             logprobs_N,
-            batch["old_logprobs"],
+            old_N,
             batch["advantages"],
             batch["target_document"],
             len(batch["last"]),
@@ -122,8 +133,8 @@ class PolicyObjective:
             clip=self.clip,
         )
         weights_N = batch["weights"]
-        losses_N = losses_N * batch["importance"]
-        moved_N = kl_estimate(logprobs_N.detach(), batch["old_logprobs"], "k3")
+        losses_N = losses_N * importance_N
+        moved_N = kl_estimate(logprobs_N.detach(), old_N, "k3")
         metrics = {
             "policy_loss": _weighted(losses_N, weights_N),
             "ratio": _weighted(ratio_N, weights_N),
@@ -134,7 +145,7 @@ class PolicyObjective:
         if self.kl_in_loss:
             kl_N = kl_estimate(logprobs_N, batch["reference"], self.kl_in_loss)
             if self.kl_weighted:
-                log_ratio_N = (logprobs_N - batch["old_logprobs"]).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+                log_ratio_N = (logprobs_N - old_N).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
                 kl_N = kl_N * log_ratio_N.exp()
             metrics["kl_loss"] = _weighted(kl_N, weights_N)
             losses_N = losses_N + batch["kl_coef"] * kl_N

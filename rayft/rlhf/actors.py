@@ -175,7 +175,10 @@ class PolicyActor(LearnerActor):
             temperature=self.job.rollout.temperature,
             kl_in_loss=rl.kl_estimator if rl.kl_in == "loss" and rl.kl_coef else None,
             kl_weighted=bool(rl.kl_weighted),
+            importance_cap=rl.importance_cap,
+            tell=lambda logprobs_N: self._seen.append(logprobs_N.cpu()),
         )
+        self._seen: list[torch.Tensor] = []
         module = setup.build_module(self.job, files, self.plan.stage, self.device)
         self.learner = Learner(self.job, module, objective, stage=self.plan.stage, device=self.device)
         self._gathered: GatheredModel | None = None
@@ -210,9 +213,14 @@ class PolicyActor(LearnerActor):
 
     def update(self, number: int, columns: Columns, learning_rate: float, kl_coef: float) -> StepResult:
         """One optimizer update on a mini-batch."""
+        self._seen = []
         coef = {"kl_coef": torch.tensor([kl_coef])}
         batches = (batch | coef for batch in self._batches(self._mini_batches[number], columns))
         return self.learner.step(batches, 1, learning_rate)
+
+    def seen_logprobs(self) -> dict[int, np.ndarray]:
+        """log p of the tokens of this rank's answers before the update that was just made, which was given none."""
+        return self._by_answer(iter(self._seen))
 
     def suites(self, when: str, step: int) -> None:
         """Measure the job's suites."""

@@ -81,7 +81,7 @@ def uniform_groups(scores_S: np.ndarray, job: Job) -> np.ndarray:
 def experience(
     rollouts: Sequence[Rollout],
     scores_S: np.ndarray,
-    old: Sequence[np.ndarray],
+    old: Sequence[np.ndarray] | None,
     reference: Sequence[np.ndarray] | None,
     values: Sequence[np.ndarray] | None,
     job: Job,
@@ -89,19 +89,19 @@ def experience(
 ) -> tuple[Columns, dict[str, float]]:
     """Columns of `PolicyObjective` and `ValueObjective` but for weights, and metrics of the step's answers.
 
-    old, reference: log-probabilities of the answers' tokens under the policy before the step and under the reference.
-    values: the critic's. scores_S: with rules applied.
+    old, reference: log-probabilities of the answers' tokens under the policy before the step and under the reference; without
+    `old` (`RlPlan.one_pass`) what follows from it is left to `looked_back`. values: the critic's. scores_S: with rules applied.
     """
     rl = job.rl
     lengths = [len(rollout.ids) for rollout in rollouts]
-    kl = [kl_of_tokens(o, r, "k1") for o, r in zip(old, reference, strict=True)] if reference else None
     penalties = [np.zeros(n) for n in lengths]
-    if kl is not None and reference is not None and rl.kl_in == "reward":
+    if reference is not None and rl.kl_in == "reward":
         assert rl.kl_estimator is not None
+        assert old is not None
         penalties = [
             kl_coef * kl_of_tokens(o, r, rl.kl_estimator) for o, r in zip(old, reference, strict=True)
         ]
-    columns: Columns = {"old_logprobs": list(old)}
+    columns: Columns = {}
     if rl.grouped:
         totals_PG = (scores_S - [penalty.sum() for penalty in penalties]).reshape(-1, rl.num_generations or 1)
         if rl.advantage_estimator == "leave_one_out":
@@ -120,30 +120,41 @@ def experience(
             advantages = [returns_to_go(reward, rl.gamma) for reward in rewards]
     if rl.whiten_advantages:
         advantages = whiten(advantages, counted=kept_in_loss(rollouts, job))
-    drawn = [np.asarray(rollout.logprobs) for rollout in rollouts]
-    columns |= {
-        "advantages": advantages,
-        "importance": [
-            truncated_importance(o, d, rl.importance_cap) for o, d in zip(old, drawn, strict=True)
-        ],
-    }
+    columns["advantages"] = advantages
     if reference and rl.kl_in == "loss":
         columns["reference"] = list(reference)
-    gaps = np.concatenate([np.abs(np.asarray(o) - d) for o, d in zip(old, drawn, strict=True)])
     metrics = {
         "score": float(np.mean(scores_S)),
         "score_std": float(np.std(scores_S)),
         "length": float(np.mean(lengths)),
         "truncated": float(np.mean([not rollout.ended for rollout in rollouts])),
-        "engine_gap": float(gaps.mean()),
-        "engine_gap_max": float(gaps.max()),
     }
     if rl.grouped:
         metrics["uniform_groups"] = float(np.mean(uniform_groups(scores_S, job)))
-    if kl is not None:
-        metrics["kl"] = float(np.mean([own.sum() for own in kl]))
-        metrics["kl_coef"] = kl_coef
-    return columns, metrics
+    if old is None:
+        columns["engine_logprobs"] = [np.asarray(rollout.logprobs) for rollout in rollouts]
+        return columns, metrics
+    more_columns, more_metrics = looked_back(rollouts, old, reference, job, kl_coef)
+    return columns | more_columns, metrics | more_metrics
+
+
+def looked_back(
+    rollouts: Sequence[Rollout],
+    old: Sequence[np.ndarray],
+    reference: Sequence[np.ndarray] | None,
+    job: Job,
+    kl_coef: float,
+) -> tuple[Columns, dict[str, float]]:
+    """Columns and metrics that follow from the log-probabilities under the policy before the step."""
+    drawn = [np.asarray(rollout.logprobs) for rollout in rollouts]
+    gaps = np.concatenate([np.abs(np.asarray(o) - d) for o, d in zip(old, drawn, strict=True)])
+    metrics = {"engine_gap": float(gaps.mean()), "engine_gap_max": float(gaps.max())}
+    if reference:
+        kl = [kl_of_tokens(o, r, "k1") for o, r in zip(old, reference, strict=True)]
+        metrics |= {"kl": float(np.mean([own.sum() for own in kl])), "kl_coef": kl_coef}
+    cap = job.rl.importance_cap
+    weights = [truncated_importance(o, d, cap) for o, d in zip(old, drawn, strict=True)]
+    return {"old_logprobs": list(old), "importance": weights}, metrics
 
 
 def kept_in_loss(rollouts: Sequence[Rollout], job: Job) -> list[bool]:

@@ -21,6 +21,7 @@ from rayft.rlhf.experience import (
     MiniBatch,
     experience,
     lay_out,
+    looked_back,
     score_with_rules,
     uniform_groups,
     weights_of,
@@ -106,7 +107,7 @@ class Loop:
             layout = lay_out(lengths, job, ranks=len(roles.policy), packed=self.plan.packed, step=state.step)
             with step.timed("scoring"):
                 roles.take(rollouts, layout)
-                old = roles.old_logprobs(count)
+                old = None if self.plan.one_pass else roles.old_logprobs(count)
                 reference = roles.reference_logprobs(count)
                 values = roles.values(count)
             columns, metrics = experience(rollouts, step.scores_S, old, reference, values, job, state.kl.coef)
@@ -124,6 +125,9 @@ class Loop:
                     if state.step >= rl.critic_warmup_steps:
                         result = roles.update_policy(number, columns, rate, state.kl.coef)
                         results.append(self._checked(result, columns, layout[number]))
+            if old is None:
+                looked = looked_back(rollouts, roles.seen_logprobs(count), reference, job, state.kl.coef)
+                columns, metrics = columns | looked[0], metrics | looked[1]
             if "kl" in metrics and results:
                 state.kl.update(metrics["kl"], count)
             state.step, state.position = state.step + 1, step.next_position

@@ -43,6 +43,14 @@ class RlPlan:
     checkpoint_every: int
 
     @property
+    def one_pass(self) -> bool:
+        """Whether the policy before a step is that of the step's only update, whose own forward pass then says what it thought of the
+        answers: nothing needs that before."""
+        rl = self.job.rl
+        early = rl.critic or (rl.kl_coef and rl.kl_in == "reward")
+        return rl.num_epochs == 1 and rl.num_mini_batches == 1 and not early
+
+    @property
     def savers(self) -> int:
         """Ranks that write into a checkpoint: the policy's, then the critic's."""
         return self.job.cluster.max_workers * (2 if self.critic else 1)

@@ -195,6 +195,10 @@ class Roles:
         """The policy's log-probabilities of the answers' tokens, before the step's updates."""
         return _in_order(self.policy.call("logprobs", timeout_s=self.hang_s), count)
 
+    def seen_logprobs(self, count: int) -> list[np.ndarray]:
+        """The same, as the step's only update has just seen them."""
+        return _in_order(self.policy.call("seen_logprobs", timeout_s=self.hang_s), count)
+
     def reference_logprobs(self, count: int) -> list[np.ndarray] | None:
         """The reference's, or None without one."""
         if self.plan.reference is None:
@@ -221,7 +225,7 @@ class Roles:
         self, number: int, columns: Columns, learning_rate: float, kl_coef: float
     ) -> StepResult:
         """One update of the policy."""
-        names = ("old_logprobs", "advantages", "weights", "importance", "reference")
+        names = ("old_logprobs", "advantages", "weights", "importance", "reference", "engine_logprobs")
         wanted = self._shared("policy", columns, names)
         result: StepResult = self.policy.call(
             "update", number, wanted, learning_rate, kl_coef, timeout_s=self.hang_s

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 from rayft.checkpoint import committed_steps
 from rayft.cli import main
 from rayft.report.log import read_log
+from rayft.rlhf.plan import RlPlan
 from rayft.storage import open_store
 from tests.cluster.rewards import function, prepare_folder, rl_job
-from tests.runs import read_json, write_job
+from tests.fault.test_rlhf_kill import facts
+from tests.runs import assert_same_state, read_json, write_job
 
 pytestmark = pytest.mark.slow
 
@@ -126,6 +128,24 @@ def test_an_epoch_ends_with_its_last_prompt(folder: Path, local_ray: None) -> No
     ledger = [row for row in read_log(open_store(folder / "runs" / "epoch")) if row["kind"] == "ledger"]
     assert [len(row["trained"]) for row in ledger] == [16, 8]
     assert sorted(row for entry in ledger for row in entry["trained"]) == list(range(24))
+
+
+@pytest.mark.full
+def test_one_pass_is_enough(folder: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking up the old probabilities before the update that sees them anyway changes nothing, to the last bit."""
+    rl = {"num_generations": 4, "kl_target": 1.0}
+    once = rl_job(folder, "grpo", name="once", rl=rl, zero={"stage": 2}, adapter=LORA)
+    assert run(once, folder) == 0
+    monkeypatch.setattr(RlPlan, "one_pass", False)
+    twice = rl_job(folder, "grpo", name="twice", rl=rl, zero={"stage": 2}, adapter=LORA)
+    assert run(twice, folder) == 0
+    assert_same_state(folder / "runs" / "once", folder / "runs" / "twice")
+    assert facts(folder / "runs" / "once") == facts(folder / "runs" / "twice")
+    tables = [
+        pq.read_table(io.BytesIO(open_store(folder / "runs" / name).get("rollouts/step-000003.parquet")))
+        for name in ("once", "twice")
+    ]
+    assert tables[0].select(tables[1].column_names).equals(tables[1])
 
 
 def test_an_epoch_that_ends_early_is_saved(folder: Path, local_ray: None) -> None:

@@ -255,6 +255,37 @@ def test_losses_whatever_the_micro_batches(ratio: str) -> None:
         assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
+def test_the_only_update_of_a_step_needs_no_pass_before_it() -> None:
+    """Given what the engine thought alone, loss and gradient are those with the old probabilities looked up before."""
+    register_documents_attention()
+    model = tiny_model("llama", attention=NAME)
+    install_nll_head(model, chunk=7)
+    samples, columns = rollouts()
+    told: list[torch.Tensor] = []
+    objective = PolicyObjective(kl_in_loss="k3", temperature=0.8, importance_cap=1.1, tell=told.append)
+    kept = {name: columns[name] for name in ("advantages", "weights", "reference")}
+    with torch.no_grad():
+        flat = objective.logprobs(model, token_tensors(samples, {}, packed=True, pad_id=0)).numpy()
+    old = np.split(flat, np.cumsum([len(array) for array in columns["weights"]])[:-1])
+    engine = [array + np.float32(0.2) * np.sin(np.arange(len(array), dtype=np.float32)) for array in old]
+    importance = [truncated_importance(o, e, 1.1) for o, e in zip(old, engine, strict=True)]
+    assert max(weight.max() for weight in importance) == 1.1
+    found = []
+    for more in ({"old_logprobs": old, "importance": importance}, {"engine_logprobs": engine}):
+        model.zero_grad()
+        batch = token_tensors(samples, {**kept, **more}, packed=True, pad_id=0)
+        loss, metrics = objective.loss(model, batch | {"kl_coef": torch.tensor([0.3])})
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((loss.item(), gradient, metrics))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][2] == found[1][2]
+    assert found[1][2]["moved"] == 0.0
+    [seen] = told
+    assert np.array_equal(seen.numpy(), flat)
+
+
 def test_padding_with_the_token_that_ends_a_turn_changes_nothing() -> None:
     """What is trained goes by lengths, never by ids: the end of an answer counts, the same id behind it does not."""
     model = tiny_model("llama")
