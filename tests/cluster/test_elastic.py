@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,31 +20,17 @@ from tests.cluster.steps import (
     small_job,
     state_of,
 )
+from tests.nodes import Nodes, ray_nodes
 from tests.ranks import run_ranks
 from tests.runs import events, losses, rayft, step_reached, wait_until, write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-#: So that a node's death is noticed within seconds; Ray's own values take half a minute.
-HEALTH_CHECK = {
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 5000,
-    "health_check_failure_threshold": 5,
-}
-
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
-    """A head that takes no work and two nodes with one CPU each, on addresses of their own."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    from ray.cluster_utils import Cluster
-
-    memory = {"object_store_memory": 100 << 20}
-    head = {"num_cpus": 0, "_system_config": HEALTH_CHECK, **memory}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    cluster.nodes_for_work = [add_node(cluster, number) for number in (2, 3)]
-    yield cluster
-    cluster.shutdown()
+def nodes() -> Iterator[Nodes]:
+    with ray_nodes(2) as made:
+        yield made
 
 
 def trained_from(folder: Path, job: Job) -> dict[str, np.ndarray]:
@@ -55,14 +39,10 @@ def trained_from(folder: Path, job: Job) -> dict[str, np.ndarray]:
     return {name: data for (name, what), data in state_of(learner).items() if what == "param"}
 
 
-def add_node(cluster: Any, number: int) -> Any:
-    return cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{number}", object_store_memory=100 << 20)
-
-
 @pytest.mark.parametrize(
     "kind", ["sft", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("reward", "dpo", "kto"))]
 )
-def test_a_node_goes_and_comes_back(kind: str, cluster: Any, tmp_path: Path) -> None:
+def test_a_node_goes_and_comes_back(kind: str, nodes: Nodes, tmp_path: Path) -> None:
     """[1, 2] workers: 2, then 1, then 2 again; same samples, same global batch, losses of a plain loop to 1e-4 (of rows known by
     heart, 1e-6)."""
     folder = prepare_folder(
@@ -88,14 +68,14 @@ def test_a_node_goes_and_comes_back(kind: str, cluster: Any, tmp_path: Path) -> 
         wait_until(f"step {again}", step_reached(store, again), run)
 
     with rayft(
-        "run", str(write_job(job, folder / "job.yaml")), log=tmp_path / "log", RAY_ADDRESS=cluster.address
+        "run", str(write_job(job, folder / "job.yaml")), log=tmp_path / "log", RAY_ADDRESS=nodes.address
     ) as run:
         wait_until("step 8", step_reached(store, 8), run)
         assert workers_of("start") == [2]
-        cluster.remove_node(cluster.nodes_for_work[1], allow_graceful=False)
+        nodes.take_last()
         wait_until("the run to go on with one worker", lambda: 1 in workers_of("resume"), run)
         three_more()
-        add_node(cluster, 4)
+        nodes.add()
         wait_until("the run to grow again", lambda: workers_of("resume")[-1] == 2, run)
         three_more()
         run.process.send_signal(signal.SIGTERM)

@@ -18,16 +18,12 @@ from rayft.storage import open_store
 from tests.cluster.rewards import function, prepare_folder, rl_job
 from tests.fault.strike import PHASES
 from tests.fault.test_rlhf_kill import facts
+from tests.nodes import Nodes, ray_nodes
 from tests.runs import ROOT, assert_same_state, events, rayft, write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 STEPS = 10
-HEALTH_CHECK = {
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 5000,
-    "health_check_failure_threshold": 3,
-}
 #: Layout -> rollout group, roles that hold nothing of their own, phases.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "apart": {"engines": 2, "lag": 1},
@@ -46,34 +42,11 @@ SHORT = [
 ROWS = ["rollout", "reward", "reference", "critic", "policy", "driver", "node"]
 
 
-class Nodes:
-    """A head that takes no work, and nodes with one CPU each, of which one is to spare."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        memory = {"object_store_memory": 100 << 20}
-        self.cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": HEALTH_CHECK, **memory}
-        )
-        self._number = 1
-        for _ in range(3):
-            self.add()
-
-    def add(self) -> None:
-        """One more."""
-        self._number += 1
-        self.cluster.add_node(
-            num_cpus=1, node_ip_address=f"127.0.0.{self._number}", object_store_memory=100 << 20
-        )
-
-
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    made = Nodes()
-    yield made
-    made.cluster.shutdown()
+    # Of which one is to spare.
+    with ray_nodes(3) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +79,7 @@ def whole(folder: Path, nodes: Nodes) -> Any:
         if layout not in made:
             name = f"whole-{layout}"
             path = job_file(folder, layout, name)
-            with rayft(
-                "run", str(path), log=folder / f"{name}.log", RAY_ADDRESS=nodes.cluster.address
-            ) as run:
+            with rayft("run", str(path), log=folder / f"{name}.log", RAY_ADDRESS=nodes.address) as run:
                 assert run.wait() == 0, run.output()
             made[layout] = folder / "runs" / name
         return made[layout]
@@ -123,7 +94,7 @@ def strike(folder: Path, path: Path, strikes: list[list[str]], nodes: Nodes) -> 
     file.write_text(json.dumps(strikes))
     log.write_text("")
     lost, deadline = 0, time.monotonic() + 1200
-    environment = {**os.environ, "RAY_ADDRESS": nodes.cluster.address, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "RAY_ADDRESS": nodes.address, "OMP_NUM_THREADS": "1"}
     while True:
         with output.open("ab") as out:
             driver = subprocess.Popen(

@@ -1,0 +1,57 @@
+"""A Ray cluster of several nodes on this machine: real nodes, each with its own processes and address."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+#: So that a node's death is noticed within seconds; Ray's own values take half a minute.
+HEALTH_CHECK = {
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 5000,
+    "health_check_failure_threshold": 5,
+}
+OBJECT_STORE = {"object_store_memory": 100 << 20}
+
+
+class Nodes:
+    """A head that takes no work, and nodes with one CPU each, on addresses of their own."""
+
+    def __init__(self, cluster: Any, count: int) -> None:
+        self._cluster = cluster
+        #: Where a driver finds the cluster.
+        self.address: str = cluster.address
+        self._number = 1
+        self._nodes = [self.add() for _ in range(count)]
+
+    def add(self) -> Any:
+        """One more."""
+        self._number += 1
+        return self._cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{self._number}", **OBJECT_STORE)
+
+    def take_last(self) -> None:
+        """The last of the first nodes dies, without a word."""
+        self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+
+
+@contextmanager
+def ray_nodes(count: int) -> Iterator[Nodes]:
+    """`count` nodes for work, for drivers in other processes."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    from ray.cluster_utils import Cluster
+    from ray.experimental import internal_kv
+
+    # Cluster takes the place of the Ray that this process may be connected to in Ray's internal store, and empties
+    # that place when it ends.
+    connected = internal_kv.internal_kv_get_gcs_client()
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": HEALTH_CHECK, **OBJECT_STORE}
+    )
+    try:
+        yield Nodes(cluster, count)
+    finally:
+        cluster.shutdown()
+        if connected is not None:
+            internal_kv._initialize_internal_kv(connected)
