@@ -1,4 +1,4 @@
-"""The prompts of a run: rows with a `prompt`, and other columns that reward functions may want to see."""
+"""The prompts of a run: rows with a `prompt`, or with `messages`, and other columns that reward functions may want to see."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rayft.data.comparisons import listed
-from rayft.data.formats import conversation, rename
+from rayft.data.formats import conversation, json_value, rename
+from rayft.data.messages import check_messages
 from rayft.data.order import Order
 from rayft.data.read import open_tables, read_row
 from rayft.data.template import ChatTokenizer
@@ -104,7 +105,7 @@ class PromptSet:
         number = bisect_right(self._firsts, row) - 1
         source, table = self._tables[number]
         where, values = read_row(table, row - self._firsts[number], self._node_dir)
-        row_values = rename(values, source, where)
+        row_values = asked(rename(values, source, where), where)
         content, ids = self._encode(row_values, source, where)
         if len(ids) > self.longest:
             if self.data.too_long != "drop":
@@ -127,7 +128,7 @@ class PromptSet:
         if not messages:
             raise DataError(
                 f"{where}: the column 'prompt' is missing or empty.",
-                "It is text or a list of messages; rename another with `columns` of the source.",
+                "It is text or a list of messages; rename another with `columns` of the source. `messages` do too.",
             )
         if clash := {"prompts", "completions"} & row.keys():
             raise DataError(
@@ -141,6 +142,28 @@ class PromptSet:
                 "Leave that turn out: the model writes it.",
             )
         return made.messages, chat_prompt(self.chat, made.messages, made.tools, where)
+
+
+def asked(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of `messages`, as for `method: sft`, with a `prompt` instead: what comes before the assistant's last turn.
+
+    What that turn says becomes the column `reference`, for reward functions to compare with. Other rows stay as they are.
+    Raises DataError for messages that are none.
+    """
+    if row.get("prompt") is not None or row.get("messages") is None:
+        return row
+    messages, _ = check_messages(json_value(row["messages"], "'messages'", where), where)
+    rest = {name: value for name, value in row.items() if name not in ("prompt", "messages")}
+    if messages[-1]["role"] != "assistant":
+        return {**rest, "prompt": messages}
+    if "reference" in rest:
+        raise DataError(
+            f"{where}: there is a column 'reference', under which reward functions get the last turn of `messages`.",
+            "Rename it.",
+        )
+    if len(messages) == 1:
+        raise DataError(f"{where}: nothing is asked before the answer.", "Put a user message first.")
+    return {**rest, "prompt": messages[:-1], "reference": messages[-1]["content"]}
 
 
 def _limited(source: Source, rows: list[int]) -> list[int]:

@@ -54,6 +54,26 @@ def test_the_reward_of_arithmetic(answer: str, wanted: str, score: float) -> Non
     assert right([""], [answer], [wanted]) == [score]
 
 
+@pytest.mark.parametrize(
+    ("answer", "fields", "exact"),
+    [
+        ('{"order": "A-1", "refund": 0}', 1.0, 1.0),
+        ('{"refund": 0, "order": "B-1"}', 0.5, 0.0),
+        ('{"refund": 0}', 0.5, 0.0),
+        ('{"order": "A-1", "refund": 0, "more": 1}', 0.0, 0.0),
+        ('{"order": "A-1", "refund": false}', 0.5, 0.0),
+        ('{"order": "A-1", "refund": 0} as you asked', 0.0, 0.0),
+        ("[]", 0.0, 0.0),
+    ],
+)
+def test_the_rewards_of_triage(answer: str, fields: float, exact: float) -> None:
+    from jobs.triage import reward
+
+    right = ['{"order":"A-1","refund":0}']
+    assert reward.fields([""], [answer], right) == [fields]
+    assert reward.exact([""], [answer], right) == [exact]
+
+
 QWEN3_8B = {
     "model_type": "qwen3",
     "hidden_size": 4096,

@@ -62,6 +62,21 @@ def test_every_prompt_comes_once_an_epoch_wherever_steps_end(tmp_path: Path) -> 
     assert tiny_tokenizer().decode(list(one.ids)).endswith(f"{one.row}<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_rows_of_sft_give_prompts_and_the_answer_to_compare_with(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "b"}
+    told = {"role": "system", "content": "be brief"}
+    source = {"source": {"system": "be brief"}}
+    rows = [{"messages": [*ask("a"), answer], "id": 7}, {"messages": json.dumps(ask("c"))}]
+    first, second = sorted(prompt_set(tmp_path, rows, **source).take(0, 2).prompts, key=lambda p: p.row)
+    assert first.content == [told, *ask("a")]
+    assert first.columns == {"id": 7, "reference": "b"}
+    assert second.content == [told, *ask("c")]
+    assert second.columns == {}
+    as_prompts = [{"prompt": ask("a"), "id": 7}, {"prompt": ask("c")}]
+    same = prompt_set(tmp_path, as_prompts, **source).take(0, 2).prompts
+    assert {first.ids, second.ids} == {p.ids for p in same}
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -70,6 +85,12 @@ def test_every_prompt_comes_once_an_epoch_wherever_steps_end(tmp_path: Path) -> 
         ({"prompt": [{"role": "user"}]}, "line 1"),
         ({"prompt": [*ask("a"), {"role": "assistant", "content": "b"}]}, "ends with a turn of the assistant"),
         ({"prompt": ask("a"), "completions": ["b"]}, "a column 'completions'"),
+        ({"messages": [{"role": "user"}]}, "line 1"),
+        ({"messages": [{"role": "assistant", "content": "b"}]}, "nothing is asked before the answer"),
+        (
+            {"messages": [*ask("a"), {"role": "assistant", "content": "b"}], "reference": 1},
+            "a column 'reference'",
+        ),
         ({"prompt": ask("x" * 100)}, "No prompt of data.train has at most 60 tokens"),
     ],
 )
