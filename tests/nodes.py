@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,28 @@ class Nodes:
         """One more."""
         self._number += 1
         return self._cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{self._number}", **OBJECT_STORE)
+
+    def drain(self, node_id: str, seconds: float) -> None:
+        """Announce that a node is taken away in so many seconds, as Ray does on a spot notice."""
+        from ray._raylet import GcsClient
+        from ray.core.generated import autoscaler_pb2
+
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int((time.time() + seconds) * 1000)
+        accepted, why = GcsClient(address=self.address).drain_node(
+            node_id, reason, "spot notice", deadline_ms
+        )
+        assert accepted, why
+
+    @property
+    def head(self) -> str:
+        """Id of the head."""
+        return str(self._cluster.head_node.node_id)
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the nodes for work that were there from the beginning."""
+        return [str(node.node_id) for node in self._nodes]
 
     def take_last(self) -> None:
         """The last of the first nodes dies, without a word."""

@@ -163,6 +163,7 @@ class PolicyActor(LearnerActor):
         """Model, engine and writer."""
         files = job_files(self.job, node_cache_dir())
         self.recorder, self.step = recorder, 0
+        self._asked: Any = None
         self.store = open_store(self.plan.run_uri)
         self.tokenizer = load_tokenizer(files, self.job.model)
         rl = self.job.rl
@@ -188,15 +189,30 @@ class PolicyActor(LearnerActor):
         self.engine = TransformersEngine(inside, self.tokenizer, batch_size=self.job.rollout.batch_size)
         self._open_writer(self.rank, self.plan.savers, epoch, recorder)
 
-    def generate(self, units: Sequence[Unit]) -> list[Answers]:
-        """Answers of each unit."""
+    def generate(self, units: Sequence[Unit], may_leave: bool = False) -> list[Answers]:
+        """Answers of each unit; of the first ones only where the ranks may leave and the recorder says that they should."""
         if self._gathered is not None:
             self._gathered.gather()
+        answers: list[Answers] = []
         try:
-            return [draw_unit(self.engine, self.tokenizer, unit, self.job.rollout) for unit in units]
+            for unit in units:
+                if may_leave and self._should_leave():
+                    break
+                answers.append(draw_unit(self.engine, self.tokenizer, unit, self.job.rollout))
         finally:
             if self._gathered is not None:
                 self._gathered.free()
+        return answers
+
+    def _should_leave(self) -> bool:
+        """What the recorder answered to an earlier question, without waiting for it."""
+        if self._asked is None:
+            self._asked = self.recorder.heard.remote()
+        if not ray.wait([self._asked], timeout=0)[0]:
+            return False
+        leave: bool = ray.get(self._asked)
+        self._asked = None
+        return leave
 
     def ship(self) -> Shipped:
         """Put this rank's share of the trained weights where engines can take them from."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
-from rayft.errors import StorageError
+from rayft.rlhf.finished import as_rollouts, as_values, read_values, write_values
 from rayft.rlhf.prompts import PromptSet
-from rayft.rlhf.rollout import Rollout
 from rayft.rlhf.step import Step
-from rayft.storage import ObjectNotFound, Store
+from rayft.storage import Store
 
 
 class Ahead:
@@ -61,34 +57,23 @@ class Ahead:
 
 def keep_ahead(store: Store, step: int, ahead: Step) -> str:
     """Write the answers drawn for what comes after `step`; returns under which key."""
-    key = f"rollouts/ahead-{step:06d}.json.gz"
-    answers = [[r.sample, r.ids, r.logprobs, r.ended, r.version, r.text] for r in ahead.rollouts]
-    values = {
-        "positions": [r.prompt.position for r in ahead.rollouts],
-        "answers": answers,
+    values = as_values(ahead.rollouts) | {
         "scores": ahead.scores_S.tolist(),
         "by_source": {name: scores.tolist() for name, scores in ahead.by_source.items()},
         "next_position": ahead.next_position,
         "ledger": ahead.ledger,
     }
-    store.put(key, gzip.compress(json.dumps(values).encode(), mtime=0))
-    return key
+    return write_values(store, f"rollouts/ahead-{step:06d}.json.gz", values)
 
 
 def kept_ahead(store: Store, key: str, prompts: PromptSet) -> Step:
     """What `keep_ahead` wrote. Raises StorageError if it is gone."""
-    try:
-        values: dict[str, Any] = json.loads(gzip.decompress(store.get(key)))
-    except ObjectNotFound:
-        raise StorageError(
-            f"{key} is gone, which the checkpoint needs: answers that were drawn for the next step.",
-            "Put it back, or delete that checkpoint to resume from the one before.",
-        ) from None
-    found = {position: prompts.at(position) for position in set(values["positions"])}
-    rollouts = []
-    for position, answer in zip(values["positions"], values["answers"], strict=True):
-        prompt = found[position]
-        assert prompt is not None
-        rollouts.append(Rollout(prompt, *answer))
+    values = read_values(store, key)
     by_source = {name: np.array(scores) for name, scores in values["by_source"].items()}
-    return Step(rollouts, np.array(values["scores"]), by_source, values["next_position"], values["ledger"])
+    return Step(
+        as_rollouts(values, prompts),
+        np.array(values["scores"]),
+        by_source,
+        values["next_position"],
+        values["ledger"],
+    )

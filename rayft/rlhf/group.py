@@ -60,10 +60,10 @@ class Group:
         """Call `method` on every rank, with the same arguments."""
         return Call([Task(self, rank, method, args, kwargs) for rank in range(len(self))])
 
-    def start_each(self, method: str, arguments: Sequence[Any]) -> Call:
-        """Call `method` on every rank, with an argument of its own for each."""
+    def start_each(self, method: str, arguments: Sequence[Any], *shared: Any) -> Call:
+        """Call `method` on every rank, with an argument of its own for each, and those that all share."""
         assert len(arguments) == len(self)
-        return Call([Task(self, rank, method, (one,), {}) for rank, one in enumerate(arguments)])
+        return Call([Task(self, rank, method, (one, *shared), {}) for rank, one in enumerate(arguments)])
 
     def start_one(self, rank: int, method: str, *args: Any) -> Call:
         """Call `method` on one rank alone."""

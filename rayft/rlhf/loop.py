@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import ray
@@ -26,24 +26,30 @@ from rayft.rlhf.experience import (
     uniform_groups,
     weights_of,
 )
+from rayft.rlhf.finished import Interrupted, keep_finished, kept_finished
 from rayft.rlhf.held_out import HeldOut
 from rayft.rlhf.kept import keep_rollouts, key_of
 from rayft.rlhf.plan import RlPlan
-from rayft.rlhf.prompts import PromptSet
+from rayft.rlhf.prompts import Prompt, PromptSet
 from rayft.rlhf.roles import Roles
+from rayft.rlhf.rollout import Rollout
 from rayft.rlhf.step import Step
 from rayft.storage import Store
-from rayft.train.failures import diverged
+from rayft.train.failures import Moving, diverged
+from rayft.train.group import Notice
 
 
 @dataclass
 class State:
     """What a run knows between two steps, beside models and optimizers; part of every checkpoint.
 
+    epoch: of the attempt; saved_epoch: of the attempt that wrote the checkpoint of `step` (0: the run begins).
     ahead: where the answers lie that were drawn for the next step already.
     """
 
     kl: KlController
+    epoch: int = 0
+    saved_epoch: int = 0
     step: int = 0
     position: int = 0
     tokens: int = 0
@@ -53,9 +59,10 @@ class State:
         """JSON state for a checkpoint."""
         return {"position": self.position, "tokens": self.tokens, "kl_coef": self.kl.coef}
 
-    def restore(self, step: int, state: dict[str, Any]) -> None:
+    def restore(self, step: int, saved_epoch: int, state: dict[str, Any]) -> None:
         """Take in what `dump` gave."""
         self.step, self.position, self.tokens = step, state["position"], state["tokens"]
+        self.saved_epoch = saved_epoch
         self.kl.coef = state["kl_coef"]
         self.ahead = state.get("ahead", "")
 
@@ -71,15 +78,16 @@ class Loop:
         state: State,
         recorder: Any,
         store: Store,
-        between: Callable[[], str],
+        heed: Callable[[], Notice | None],
         held_out: HeldOut | None = None,
     ) -> None:
-        """between: called after every step; says why to stop, or nothing. held_out: measured as group `eval` says."""
+        """heed: says why to leave, if so; asked wherever the run can be left. held_out: measured as group `eval` says."""
         self.plan, self.job, self.rl = plan, plan.job, plan.job.rl
         self.prompts, self.roles, self.state = prompts, roles, state
-        self.recorder, self.store, self._between = recorder, store, between
+        self.recorder, self.store, self._heed = recorder, store, heed
         self.held_out = held_out
         self._saved_step = state.step
+        self._finished = kept_finished(store, state.step, state.saved_epoch, prompts)
         self._ahead = Ahead() if self.job.rollout.lag else None
         if self._ahead and state.ahead:
             self._ahead.have(kept_ahead(store, state.ahead, prompts))
@@ -98,10 +106,15 @@ class Loop:
             if state.step and self.job.eval.every_steps and state.step % self.job.eval.every_steps == 0:
                 self._measure_held_out()
             began = time.perf_counter()
-            step = self._next()
+            try:
+                step = self._next()
+            except Interrupted:
+                self._leave()
             if not step.rollouts:  # what is left of the epoch was dropped
                 self.recorder.row.remote({"kind": "ledger", "step": state.step + 1, **step.ledger})
                 break
+            if self._heed() and not self._ahead:  # one that runs ahead has taken the answers already
+                self._leave()
             rollouts, count = step.rollouts, len(step.rollouts)
             lengths = [len(r.prompt.ids) + len(r.ids) for r in rollouts]
             layout = lay_out(lengths, job, ranks=len(roles.policy), packed=self.plan.packed, step=state.step)
@@ -136,11 +149,12 @@ class Loop:
                 key = key_of(state.step)
                 keep_rollouts(self.store, key, rollouts, step.by_source, step.scores_S, columns)
             self._record(step, lengths, metrics, results, critic_results, rate, time.perf_counter() - began)
-            stop = self._between()
-            if stop or state.step % self.plan.checkpoint_every == 0 or state.step == self.plan.total_steps:
+            self._finished.clear()
+            leave = self._heed()
+            if state.step % self.plan.checkpoint_every == 0 or state.step == self.plan.total_steps:
                 self._save()
-            if stop:
-                self._stop(stop)
+            if leave:
+                self._leave()
         if state.step > self._saved_step:  # the epoch ended before the step that was planned as the last
             self._save()
         self._finish_saving()
@@ -194,7 +208,7 @@ class Loop:
             if not taken.prompts:
                 break
             with step.timed("generation"):
-                rollouts = self.roles.generate(taken.prompts)
+                rollouts = self._drawn(taken.prompts)
             with step.timed("reward"):
                 scores_S, by_source = self.roles.score(rollouts)
             scores_S = score_with_rules(rollouts, scores_S, self.job)
@@ -212,6 +226,12 @@ class Loop:
             if kept_P.all():
                 break
         return step
+
+    def _drawn(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Answers to the prompts. One step behind they are drawn to the end, since the weights that draw them are not kept."""
+        if self._ahead:
+            return self.roles.generate(prompts)
+        return self.roles.generate(prompts, finished=self._finished, leave=lambda: self._heed() is not None)
 
     def _progress(self) -> float:
         """Steps that are done. In epochs it follows the position, since how many prompts are dropped is not known yet."""
@@ -278,7 +298,7 @@ class Loop:
         if self._ahead and self._ahead.begun:
             state["ahead"] = keep_ahead(self.store, self.state.step, self._ahead.look())
         self._tell_commit(self.roles.save(self.state.step, state))
-        self._saved_step = self.state.step
+        self._saved_step, self.state.saved_epoch = self.state.step, self.state.epoch
 
     def _finish_saving(self) -> None:
         self._tell_commit(self.roles.finish_saving())
@@ -287,9 +307,22 @@ class Loop:
         if step is not None:
             self.recorder.event.remote("checkpoint", f"step {step} is committed", step=step)
 
-    def _stop(self, reason: str) -> None:
+    def _leave(self) -> NoReturn:
+        """Save what is not saved, with the answers that are there for the next step, and say why."""
+        notice = self._heed()
+        assert notice is not None
+        if self.state.step > self._saved_step:
+            self._save()
         self._finish_saving()
+        if self._finished:
+            keep_finished(self.store, self.state.step, self.state.saved_epoch, self._finished)
+        where = f"step {self.state.step}"
+        if self._finished:
+            where += f", with {len(self._finished)} answers of the next"
+        if notice.moving:
+            self.recorder.event.remote("moving", f"saved at {where}")
+            raise Moving(f"Saved at {where}, since {notice.reason}.")
         raise PreemptedError(
-            f"The run was asked to stop ({reason}) and is saved at step {self.state.step}.",
+            f"The run was asked to stop ({notice.reason}) and is saved at {where}.",
             "Start it again under the same name to go on.",
         )

@@ -87,8 +87,15 @@ def _share(gpus: float, asked: Sequence[tuple[str, float | None]]) -> float:
     return left / (1 + sum(part is None for _, part in asked))
 
 
-def refuse_what_never_fits(table: Table, nodes: Sequence[tuple[str, Resources]]) -> None:
-    """Raise ResourceError, with the arithmetic, if the nodes (name, resources) can never hold all bundles at once."""
+def refuse_what_never_fits(table: Table) -> None:
+    """Raise ResourceError, with the arithmetic, if this cluster's nodes can never hold all bundles at once."""
+    if not may_grow():
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        refuse_beyond(table, [(node["NodeManagerAddress"], node["Resources"]) for node in alive])
+
+
+def refuse_beyond(table: Table, nodes: Sequence[tuple[str, Resources]]) -> None:
+    """Raise ResourceError, with the arithmetic, if nodes (name, resources) can never hold all bundles at once."""
     names = sorted({name for _, need in table.bundles for name in need})
     asked = ", ".join(
         f"{count} x {_amounts(need)} for {role}" for (role, need), count in _counted(table.bundles)
@@ -114,10 +121,7 @@ def refuse_what_never_fits(table: Table, nodes: Sequence[tuple[str, Resources]])
 
 
 def reserve(table: Table, timeout_s: float, say: Callable[[str], None]) -> PlacementGroup:
-    """All bundles or none. Raises ResourceError for what can never fit, and after the time-out."""
-    if not may_grow():
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        refuse_what_never_fits(table, [(node["NodeManagerAddress"], node["Resources"]) for node in alive])
+    """All bundles or none. Raises ResourceError after the time-out."""
     reserved = placement_group([dict(need) for _, need in table.bundles], strategy="PACK")
     try:
         await_room(reserved, table, timeout_s, say)
@@ -140,7 +144,7 @@ def await_room(reserved: PlacementGroup, table: Table, timeout_s: float, say: Ca
         if waited >= timeout_s:
             raise ResourceError(
                 f"The cluster had no room for {needs} within {timeout_s:.0f} s; free: {free}.",
-                "Free resources, ask for fewer, or raise cluster.start_timeout_s.",
+                "Free resources, ask for fewer, or raise cluster.start_timeout_s (of the first start) or cluster.wait_s.",
             )
         say(f"waiting for {needs}; free: {free}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rayft.errors import WorkerError
 from rayft.rlhf.engines import Answers, Held
@@ -43,12 +43,21 @@ class EnginePool:
         size = sum(shipment.size for shipment in shipments)
         return {"bytes": size, "buckets": len(shipments), "calls": len(policy) + len(self._group)} | seconds
 
-    def generate(self, units: Sequence[Unit]) -> dict[int, tuple[int, Answers]]:
-        """Version and answers by the number of their unit. A unit whose engine dies is done again by the next process."""
+    def generate(
+        self, units: Sequence[Unit], leave: Callable[[], bool] | None = None
+    ) -> dict[int, tuple[int, Answers]]:
+        """Version and answers by the number of their unit. A unit whose engine dies is done again by the next process.
+
+        leave: whether to begin no more of them.
+        """
         left, idle = deque(units), deque(range(len(self._group)))
         at_work: dict[int, tuple[Unit, Task]] = {}
         done: dict[int, tuple[int, Answers]] = {}
         while left or at_work:
+            if leave is not None and leave():
+                left.clear()
+                if not at_work:
+                    break
             while left and idle:
                 rank, unit = idle.popleft(), left.popleft()
                 [task] = self._group.start_one(rank, "generate", unit).tasks

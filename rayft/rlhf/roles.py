@@ -7,19 +7,27 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from rayft.learner.learner import StepResult
 from rayft.rlhf.actors import CriticActor, PolicyActor, ReferenceActor
 from rayft.rlhf.engines import Answers, EngineActor
 from rayft.rlhf.experience import Columns, MiniBatch
+from rayft.rlhf.finished import Finished, Interrupted, key_of
 from rayft.rlhf.group import Call, Group, wait
-from rayft.rlhf.placement import await_room, in_physical_order, place, reserve, table_of
+from rayft.rlhf.placement import (
+    await_room,
+    in_physical_order,
+    place,
+    refuse_what_never_fits,
+    reserve,
+    table_of,
+)
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.pool import EnginePool
 from rayft.rlhf.prompts import Prompt
 from rayft.rlhf.rewards import RewardActor, RewardError, longest_wait
-from rayft.rlhf.rollout import Rollout, Unit, collect, units_of
+from rayft.rlhf.rollout import Rollout, Unit, asked_of, rollout_of, units_of
 from rayft.train.group import worker_environment
 
 #: Loading a model, generating and measuring may take long without being stuck.
@@ -33,7 +41,11 @@ class Roles:
     are started again one by one, in the middle of a step.
     """
 
-    def __init__(self, plan: RlPlan, recorder: Any, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, plan: RlPlan, recorder: Any, say: Callable[[str], None], *, room_s: float | None = None
+    ) -> None:
+        """room_s: how long to wait for room even where the nodes there are could never hold all; others may come in the place of
+        those that are gone."""
         self.plan, self.job, self.recorder = plan, plan.job, recorder
         self.hang_s = self.job.cluster.hang_timeout_s
         self.timeout_s = max(SLOW_S, self.hang_s)
@@ -41,7 +53,9 @@ class Roles:
         self._environment = worker_environment(self.job, plan.stage)
         self._table = table_of(self.job, critic=plan.critic is not None, reference=plan.reference == "group")
         self._spots = self._table.spots
-        self._reserved = reserve(self._table, self.job.cluster.start_timeout_s, say)
+        if room_s is None:
+            refuse_what_never_fits(self._table)
+        self._reserved = reserve(self._table, room_s or self.job.cluster.start_timeout_s, say)
         self._learners: list[Group] = []
         self._others: list[Group] = []
         self._starting: list[tuple[Group, Call]] = []
@@ -51,13 +65,17 @@ class Roles:
         self.engines: EnginePool | None = None
         self.rewards: dict[str, Group] = {}
 
+    def nodes(self) -> set[str]:
+        """Ids of the nodes that the run has room on."""
+        return {node for node in placement_group_table(self._reserved)["bundles_to_node_id"].values() if node}
+
     def begin(self, epoch: int, resumed_step: int | None, lost: str = "") -> None:
         """Start and build what trains, and have it take in a checkpoint if there is one; the others, too, where they are not there
         or the role was `lost`."""
         for group in [*self._learners, *(group for group in self._others if group.role == lost)]:
             group.kill()
         self._others = [group for group in self._others if group.role != lost]
-        await_room(self._reserved, self._table, self.job.cluster.start_timeout_s, self._say)
+        await_room(self._reserved, self._table, self.job.cluster.wait_s, self._say)
         self._learners = []
         self.policy = self._learner("policy", PolicyActor)
         self.critic = self._learner("critic", CriticActor) if self.plan.critic else None
@@ -114,7 +132,7 @@ class Roles:
 
         def make(rank: int) -> Any:
             # After a node was lost there may be no room for a while, which is said.
-            await_room(self._reserved, self._table, self.job.cluster.start_timeout_s, self._say)
+            await_room(self._reserved, self._table, self.job.cluster.wait_s, self._say)
             return place(actor, self._reserved, spots[rank], self._environment, *args, rank, len(spots))
 
         return make
@@ -136,26 +154,52 @@ class Roles:
         return self.engines.send(version, self.policy)
 
     def generate(
-        self, prompts: Sequence[Prompt], *, num_generations: int | None = None, seed: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_generations: int | None = None,
+        seed: int | None = None,
+        finished: Finished | None = None,
+        leave: Callable[[], bool] | None = None,
     ) -> list[Rollout]:
-        """Answers to the prompts, `num_generations` (default: the job's) to each, by the weights of the last sync."""
+        """Answers to the prompts, `num_generations` (default: the job's) to each, by the weights of the last sync.
+
+        finished: answers that are there already, to which new ones are added. leave: whether to begin no more units; raises
+        Interrupted then.
+        """
         num_generations = num_generations or self.job.rl.num_generations or 1
         seed = self.job.seed if seed is None else seed
         # A unit has as many answers whoever asks, so that single answers to held-out prompts do not leave engines half idle.
         answers = self.job.rollout.unit_prompts * (self.job.rl.num_generations or 1)
-        units = units_of(prompts, num_generations, max(1, answers // num_generations), seed)
-        done = self.engines.generate(units) if self.engines is not None else self._generate_inside(units)
-        flat = [(done[unit.number][0], *pair) for unit in units for pair in done[unit.number][1]]
-        return collect(prompts, num_generations, flat)
+        asked = asked_of(prompts, num_generations)
+        units = units_of(asked, max(1, answers // num_generations) * num_generations, seed)
+        finished = {} if finished is None else finished
+        wanted = [unit for unit in units if any(key_of(asked[i]) not in finished for i in unit.answers)]
+        done = (
+            self.engines.generate(wanted, leave)
+            if self.engines is not None
+            else self._generate_inside(wanted, leave)
+        )
+        for unit in wanted:
+            if unit.number in done:
+                version, drawn = done[unit.number]
+                for i, (answer, text) in zip(unit.answers, drawn, strict=True):
+                    finished[key_of(asked[i])] = rollout_of(asked[i], version, answer, text)
+        if len(done) < len(wanted):
+            raise Interrupted
+        return [finished[key_of(one)] for one in asked]
 
-    def _generate_inside(self, units: Sequence[Unit]) -> dict[int, tuple[int, Answers]]:
+    def _generate_inside(
+        self, units: Sequence[Unit], leave: Callable[[], bool] | None
+    ) -> dict[int, tuple[int, Answers]]:
+        """Of the units that each rank is dealt, those that it does before the recorder tells it to leave, if it may."""
         size, version = len(self.policy), self._version
         dealt = [units[rank::size] for rank in range(size)]
-        [answers] = wait([self.policy.start_each("generate", dealt)], self.timeout_s)
+        [answers] = wait([self.policy.start_each("generate", dealt, leave is not None)], self.timeout_s)
         return {
             unit.number: (version, drawn)
             for own, made in zip(dealt, answers, strict=True)
-            for unit, drawn in zip(own, made, strict=True)
+            for unit, drawn in zip(own, made, strict=False)
         }
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -17,12 +17,13 @@ class Unit:
     """Prompts that one engine answers in one call.
 
     Which they are and their seeds follow from the step, never from who is free: done again with the same weights, a unit has
-    the same tokens.
+    the same tokens. answers: which of all that are wanted these are.
     """
 
     number: int
     prompts: tuple[tuple[int, ...], ...]
     seeds: tuple[int, ...]
+    answers: range
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,22 @@ class Rollout:
         return Sample(ids, np.arange(len(ids)) >= len(self.prompt.ids))
 
 
-def units_of(prompts: Sequence[Prompt], num_generations: int, unit_prompts: int, seed: int) -> list[Unit]:
-    """The units of a step's prompts, each prompt with all its samples beside each other."""
+#: A prompt, and the number of one of its samples.
+Asked = tuple[Prompt, int]
+
+
+def asked_of(prompts: Sequence[Prompt], num_generations: int) -> list[Asked]:
+    """The answers that are wanted, each prompt with all its samples beside each other."""
+    return [(prompt, sample) for prompt in prompts for sample in range(num_generations)]
+
+
+def units_of(asked: Sequence[Asked], size: int, seed: int) -> list[Unit]:
+    """Units of `size` answers each; the last may have fewer."""
     units = []
-    for number, start in enumerate(range(0, len(prompts), unit_prompts)):
-        asked = [
-            (p, sample) for p in prompts[start : start + unit_prompts] for sample in range(num_generations)
-        ]
-        seeds = tuple(seed_of(seed, prompt.position, sample) for prompt, sample in asked)
-        units.append(Unit(number, tuple(prompt.ids for prompt, _ in asked), seeds))
+    for number, start in enumerate(range(0, len(asked), size)):
+        answers = range(start, min(start + size, len(asked)))
+        seeds = tuple(seed_of(seed, asked[i][0].position, asked[i][1]) for i in answers)
+        units.append(Unit(number, tuple(asked[i][0].ids for i in answers), seeds, answers))
     return units
 
 
@@ -62,12 +70,7 @@ def seed_of(seed: int, position: int, sample: int) -> int:
     return int(state[0] >> np.uint64(1))
 
 
-def collect(
-    prompts: Sequence[Prompt], num_generations: int, drawn: Sequence[tuple[int, Drawn, str]]
-) -> list[Rollout]:
-    """Rollouts of a step from what was drawn (version, answer, its text) for its units in their order."""
-    asked = [(prompt, sample) for prompt in prompts for sample in range(num_generations)]
-    return [
-        Rollout(prompt, sample, answer.ids, answer.logprobs, answer.ended, version, text)
-        for (prompt, sample), (version, answer, text) in zip(asked, drawn, strict=True)
-    ]
+def rollout_of(asked: Asked, version: int, answer: Drawn, text: str) -> Rollout:
+    """What was drawn for one answer that was wanted."""
+    prompt, sample = asked
+    return Rollout(prompt, sample, answer.ids, answer.logprobs, answer.ended, version, text)

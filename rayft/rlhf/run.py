@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import ray
 from rich.console import Console
 
 from rayft.checkpoint import CheckpointReader, Lease
-from rayft.errors import PreemptedError, WorkerError
+from rayft.errors import PreemptedError, ResourceError, WorkerError
 from rayft.objectives.kl import KlController
 from rayft.report.lineage import write_lineage
 from rayft.report.progress import Progress
@@ -19,13 +22,17 @@ from rayft.rlhf.plan import RlPrepared, prepare
 from rayft.rlhf.roles import Roles
 from rayft.spec import Job
 from rayft.storage import Store, node_cache_dir
+from rayft.train.draining import Drains
+from rayft.train.failures import Moving
 from rayft.train.finish import finish
 from rayft.train.fit import refuse_lost
+from rayft.train.group import Notice
 from rayft.train.history import End, refuse_other_origin
 from rayft.train.run import run_with
 from rayft.train.signals import StopSignals
 
 ASK_TIMEOUT_S = 60.0
+DRAINS_EVERY_S = 1.0
 
 
 def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> int:
@@ -65,29 +72,45 @@ class Driver:
         self.store, self.lease, self.recorder, self.console = store, lease, recorder, console
         self._progress = Progress(console, self.plan.total_steps, every=self.job.log.every_steps)
         self._shown = 0
-        self._stop_reason = ""
+        self._notice: Notice | None = None
         self._held_out: HeldOut | None = None
         if self.job.data.eval:
             chat = prepared.prompts.chat
             self._held_out = HeldOut(self.plan, chat, store, node_cache_dir() / "data")
 
     def ask_to_stop(self, reason: str) -> None:
-        """Save and end after the step under way."""
-        self._stop_reason = reason
+        """Save and end at the next border between phases."""
+        self._notice = Notice(reason)
+        self.recorder.request_stop.remote(reason)
+
+    def ask_to_move(self, reason: str) -> None:
+        """Save at the next border between phases, and go on elsewhere."""
+        if self._notice is None:
+            self._notice = Notice(reason, moving=True)
+            self.recorder.request_move.remote(reason)
 
     def train(self) -> None:
-        """To the end of the run. Raises WorkerError once processes died more than `max_failures` times."""
+        """To the end of the run. Raises WorkerError once processes died more than `max_failures` times, and PreemptedError where
+        the run was asked to stop or nodes that were lost have not come back in time."""
         failures, lost = 0, ""
         roles = Roles(self.plan, self.recorder, self.console.print)
         try:
             while True:
                 try:
-                    return self._attempt(roles, lost)
-                except RoleDied as error:
-                    lost = error.role
-                    if self._stop_reason:
+                    with self._watching(roles):
+                        return self._attempt(roles, lost)
+                except (RoleDied, Moving) as error:
+                    notice, lost = self._notice, getattr(error, "role", "")
+                    if (
+                        notice is not None and notice.moving
+                    ):  # what dies with a node that is taken away is no failure either
+                        self._notice = None
+                        roles.close()
+                        roles = self._elsewhere()
+                        continue
+                    if notice is not None:
                         raise PreemptedError(
-                            f"The run was asked to stop ({self._stop_reason}), and {error.message}",
+                            f"The run was asked to stop ({notice.reason}), and {error.message}",
                             "Start it again under the same name to go on from its last checkpoint.",
                         ) from error
                     failures += 1
@@ -102,6 +125,42 @@ class Driver:
                     self.show()
         finally:
             roles.close()
+
+    def _elsewhere(self) -> Roles:
+        """Roles on nodes that stay. Raises PreemptedError where there is no room in time."""
+        self.show()
+        with self._waiting_for_others():
+            return Roles(self.plan, self.recorder, self.console.print, room_s=self.job.cluster.wait_s)
+
+    @contextlib.contextmanager
+    def _waiting_for_others(self) -> Iterator[None]:
+        """Once a run has begun, want of room is no mistake of the job: it is resumable."""
+        try:
+            yield
+        except ResourceError as error:
+            raise PreemptedError(
+                f"No nodes came in the place of those that are gone: {error.message}",
+                "Start it again under the same name to go on from its last checkpoint.",
+            ) from error
+
+    @contextlib.contextmanager
+    def _watching(self, roles: Roles) -> Iterator[None]:
+        """Look for nodes that are taken away, in a thread: phases last longer than the notice may."""
+        drains = Drains(end=self.ask_to_stop, move=self.ask_to_move)
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(DRAINS_EVERY_S):
+                with contextlib.suppress(ray.exceptions.RayError):
+                    drains.look(roles.nodes())
+
+        thread = threading.Thread(target=watch, name="rayft-drains", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(timeout=ASK_TIMEOUT_S)
 
     def show(self) -> None:
         """Print rows of the log that are new."""
@@ -123,10 +182,12 @@ class Driver:
         )
         self.show()
         rl = self.job.rl
-        state = State(KlController(rl.kl_coef or 0.0, rl.kl_target, rl.kl_horizon))
+        state = State(KlController(rl.kl_coef or 0.0, rl.kl_target, rl.kl_horizon), epoch)
         if step is not None:
-            state.restore(step, CheckpointReader(self.store, step).state)
-        roles.begin(epoch, step, lost)
+            reader = CheckpointReader(self.store, step)
+            state.restore(step, reader.manifest.epoch, reader.state)
+        with self._waiting_for_others() if lost else contextlib.nullcontext():
+            roles.begin(epoch, step, lost)
         Loop(
             self.plan,
             self.prepared.prompts,
@@ -134,11 +195,12 @@ class Driver:
             state,
             self.recorder,
             self.store,
-            self._between,
+            self._heed,
             self._held_out,
         ).train()
 
-    def _between(self) -> str:
+    def _heed(self) -> Notice | None:
+        """Why to leave, if so; shows what is new on the way."""
         self.show()
         refuse_lost(self.lease)
-        return self._stop_reason
+        return self._notice

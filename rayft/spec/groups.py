@@ -338,6 +338,10 @@ class Cluster(Group):
         description="Seconds without progress of a rank before stacks are dumped and the group restarted.",
     )
     start_timeout_s: PositiveFloat = Field(300.0, description="Seconds to wait for the workers to start.")
+    wait_s: NonNegativeFloat = Field(
+        600.0,
+        description="Seconds to wait for nodes in the place of those that were lost or taken away, before the run ends, resumable.",
+    )
     elastic_interval_s: PositiveFloat = Field(
         60.0, description="Seconds between looks at whether an elastic run can grow."
     )

@@ -52,11 +52,11 @@ def refuse_impossible(cluster: Cluster) -> None:
     if room >= least or may_grow():
         return
     there = "; ".join(
-        f"{node['NodeManagerAddress']}: {_amounts({k: node['Resources'].get(k, 0) for k in ('CPU', 'GPU')})}"
+        f"{node['NodeManagerAddress']}: {amounts({k: node['Resources'].get(k, 0) for k in ('CPU', 'GPU')})}"
         for node in nodes
     )
     raise ResourceError(
-        f"cluster.num_workers asks for {least} workers with {_amounts(need)} each; the cluster holds {room} ({there}).",
+        f"cluster.num_workers asks for {least} workers with {amounts(need)} each; the cluster holds {room} ({there}).",
         "Ask for fewer workers or less per worker, or add nodes.",
     )
 
@@ -75,5 +75,6 @@ def _fits(there: dict[str, float], need: dict[str, float]) -> int:
     return min(int(there.get(name, 0) / amount) for name, amount in need.items())
 
 
-def _amounts(resources: dict[str, float]) -> str:
+def amounts(resources: dict[str, float]) -> str:
+    """Resources as a person reads them."""
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

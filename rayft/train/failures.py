@@ -15,6 +15,10 @@ from rayft.errors import (
 )
 
 
+class Moving(WorkerError):
+    """The ranks have saved and left nodes that are taken away; the group starts again elsewhere, which no budget is charged for."""
+
+
 def as_rayft_error(error: BaseException, max_failures: int) -> RayftError:
     """The error to show for what `TorchTrainer.fit` raised."""
     chain = list(_causes(error))

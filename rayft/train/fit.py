@@ -19,10 +19,12 @@ from rayft.checkpoint import Lease
 from rayft.errors import LeaseLost, RayftError, StorageError
 from rayft.train.budget import Budget
 from rayft.train.cluster import worker_resources
+from rayft.train.draining import Drains
 from rayft.train.failures import as_rayft_error
 from rayft.train.group import NO_MORE_SHARDS, run_worker, worker_environment
 from rayft.train.prepare import Prepared, Shards
 from rayft.train.signals import StopSignals
+from rayft.train.waiting import Phases, Waiting
 from rayft.train.watch import Watch
 
 #: Seconds that an elastic group waits for its resources before its size is chosen again.
@@ -38,8 +40,15 @@ class Ended:
     error: BaseException | None = None
 
 
-def fit_group(prepared: Prepared, recorder: Any, watch: Watch, lease: Lease, signals: StopSignals) -> None:
-    """Run Ray Train in a thread while this one watches, prepares later shards and takes signals."""
+def fit_group(
+    prepared: Prepared,
+    recorder: Any,
+    watch: Watch,
+    lease: Lease,
+    signals: StopSignals,
+    say: Callable[[str], None],
+) -> None:
+    """Run Ray Train in a thread while this one watches, prepares later shards and takes signals. say: shown to the user."""
     job = prepared.plan.job
     trainer = build_trainer(prepared, recorder)
     ended = Ended()
@@ -53,6 +62,11 @@ def fit_group(prepared: Prepared, recorder: Any, watch: Watch, lease: Lease, sig
     def ask_to_stop(reason: str) -> None:
         recorder.request_stop.remote(reason)
 
+    def ask_to_move(reason: str) -> None:
+        recorder.request_move.remote(reason)
+
+    drains = Drains(end=ask_to_stop, move=ask_to_move)
+    waiting = Waiting(recorder, job.cluster, say)
     thread = threading.Thread(target=fit, name="rayft-fit", daemon=True)
     data = LateShards(prepared.shards, ask_to_stop, patience_s=job.cluster.hang_timeout_s)
     with signals.asking(ask_to_stop):
@@ -65,6 +79,8 @@ def fit_group(prepared: Prepared, recorder: Any, watch: Watch, lease: Lease, sig
                     timeout=watch.interval_s if data.settled else min(SHARDS_EVERY_S, watch.interval_s)
                 )
             watch.look()
+            drains.look(watch.nodes)
+            waiting.look(ending=drains.ending)
             refuse_lost(lease)
     watch.show_rows()
     if ended.error is not None:
@@ -147,6 +163,7 @@ def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
             failure_config=Budget(
                 recorder, cluster.max_failures, starts=cluster.max_failures if elastic else 0
             ),
+            callbacks=[Phases(recorder)],
             worker_runtime_env={"env_vars": worker_environment(plan.job, plan.stage)},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),

@@ -21,6 +21,14 @@ NO_MORE_SHARDS = "a shard of the data cannot be made"
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Why the ranks should save and leave. moving: the run goes on elsewhere by itself, since their nodes are taken away."""
+
+    reason: str
+    moving: bool = False
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """All a worker needs to know, decided once by the driver and the same on every rank.
 

@@ -13,7 +13,7 @@ from rayft.report.log import Row, RunLog, read_log
 from rayft.report.trackers import Trackers
 from rayft.spec import Job
 from rayft.storage import open_store
-from rayft.train.group import NO_MORE_SHARDS
+from rayft.train.group import NO_MORE_SHARDS, Notice
 
 
 class Recorder:
@@ -32,12 +32,16 @@ class Recorder:
         self.attempt = 0
         self.ranks: dict[int, dict[str, Any]] = {}
         self.ending: RayftError | None = None
-        self.stop_reason = ""
+        self.notice: Notice | None = None
+        self.moved = 0
+        self._waiting_since: float | None = None
 
     def begin_attempt(self, epoch: int, resumed_step: int | None, message: str, **fields: Any) -> int:
         """A worker group starts; returns its number, counted from 1. The event says how many steps are repeated."""
         self.attempt += 1
         self.ranks.clear()
+        if self.notice is not None and self.notice.moving:
+            self.notice = None
         repeated = max(0, self.last_step - (resumed_step or 0))
         self.last_step = resumed_step or 0
         message += f", {repeated} steps are repeated" if repeated else ""
@@ -59,11 +63,11 @@ class Recorder:
         """Append an event."""
         self.row({"kind": "event", "event": event, "message": message, **fields})
 
-    def beat(self, rank: int, attempt: int, state: dict[str, Any]) -> str:
-        """A rank shows that it makes progress; the answer is why it should stop, or nothing."""
+    def beat(self, rank: int, attempt: int, state: dict[str, Any]) -> Notice | None:
+        """A rank shows that it makes progress; the answer is why it should leave, or None."""
         if attempt == self.attempt:
             self.ranks[rank] = {**state, "seen": time.monotonic()}
-        return self.stop_reason
+        return self.notice
 
     def silent(self) -> dict[int, dict[str, Any]]:
         """Every rank's last state with `silent_s`, the seconds since its last sign of life."""
@@ -71,7 +75,7 @@ class Recorder:
         return {rank: {**state, "silent_s": now - state["seen"]} for rank, state in self.ranks.items()}
 
     def forget_ranks(self) -> None:
-        """The ranks were killed; what they last said no longer matters."""
+        """The ranks are gone; what they last said no longer matters."""
         self.ranks.clear()
 
     def end(self, error: RayftError) -> None:
@@ -84,8 +88,33 @@ class Recorder:
 
     def request_stop(self, reason: str) -> None:
         """Ask the ranks to save and stop. That no more shards come outlives other reasons: ranks may wait for one."""
-        if self.stop_reason != NO_MORE_SHARDS:
-            self.stop_reason = reason
+        if self.notice is None or self.notice.reason != NO_MORE_SHARDS:
+            self.notice = Notice(reason)
+
+    def request_move(self, reason: str) -> None:
+        """Ask the ranks to save and leave, since nodes of theirs are taken away; the failure budget grows by one for it."""
+        if self.notice is None:
+            self.notice = Notice(reason, moving=True)
+            self.moved += 1
+            self.event("drain", f"{reason}; the run saves and goes on elsewhere")
+
+    def heard(self) -> bool:
+        """Whether the ranks should leave."""
+        return self.notice is not None
+
+    def allowance(self) -> tuple[RayftError | None, int, int]:
+        """For the failure budget: why the run must end, how often it moved, and the number of the attempt."""
+        return self.ending, self.moved, self.attempt
+
+    def controller(self, state: str) -> None:
+        """Ray Train's controller is in a new state."""
+        scheduling = state in ("SCHEDULING", "RESCHEDULING")
+        self._waiting_since = (self._waiting_since or time.monotonic()) if scheduling else None
+
+    def waiting_s(self) -> tuple[int, float]:
+        """Attempts begun so far, and seconds that the workers of the next one have been waited for (0: they are there)."""
+        since = self._waiting_since
+        return self.attempt, 0.0 if since is None else time.monotonic() - since
 
     def since(self, count: int) -> list[Row]:
         """Rows recorded after the first `count`."""

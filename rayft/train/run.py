@@ -112,7 +112,7 @@ def _run_under_lease(
             progress.row(row)
 
     watch = Watch(recorder, store, job.cluster.hang_timeout_s, show)
-    fit_group(prepared, recorder, watch, lease, signals)
+    fit_group(prepared, recorder, watch, lease, signals, console.print)
     finish(prepared.plan.job, prepared.files, store, recorder)
     watch.show_rows()
 

@@ -139,10 +139,10 @@ def order_of(plan: RunPlan) -> Order:
     return Order.of(plan.train_spec, plan.job.seed)
 
 
-def agree(flag: bool, device: torch.device) -> bool:
-    """Whether any rank raised the flag; a collective."""
+def agree(flag: bool, device: torch.device, group: Any = None) -> bool:
+    """Whether any rank raised the flag; a collective (of `group`, by default of all ranks on their usual backend)."""
     value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
     return bool(value)
 
 

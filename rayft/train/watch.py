@@ -32,6 +32,8 @@ class Watch:
         self.hang_timeout_s = hang_timeout_s
         self.on_rows = on_rows
         self.interval_s = max(0.2, min(2.0, hang_timeout_s / 10))
+        #: Ids of the nodes that ranks were on at the last look.
+        self.nodes: set[str] = set()
         self._shown = 0
 
     def look(self) -> None:
@@ -53,6 +55,7 @@ class Watch:
             ranks = ray.get(self.recorder.silent.remote(), timeout=ASK_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError:
             return
+        self.nodes = {state["node"] for state in ranks.values()}
         hung = [
             rank
             for rank, state in ranks.items()

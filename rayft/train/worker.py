@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import ray
+import torch
 import torch.distributed as dist
 
 from rayft.checkpoint import CheckpointReader, CheckpointWriter, Lease
@@ -23,8 +24,8 @@ from rayft.model.files import job_files, load_tokenizer
 from rayft.storage import node_cache_dir, open_store
 from rayft.train import setup
 from rayft.train.evaluate import EarlyStopping, evaluation_loss, evaluation_steps, measure_suites
-from rayft.train.failures import diverged
-from rayft.train.group import NO_MORE_SHARDS, RunPlan
+from rayft.train.failures import Moving, diverged
+from rayft.train.group import NO_MORE_SHARDS, Notice, RunPlan
 from rayft.train.reference import compute_references
 from rayft.train.retention import Retention
 
@@ -34,17 +35,23 @@ BEAT_EVERY_S = 5.0
 FLUSH_TIMEOUT_S = 600.0
 
 
+class Abandoned(Exception):
+    """The step under way is given up; its gradients are half summed, and nothing was updated."""
+
+
 class Worker:
     """One rank of a run."""
 
     def __init__(self, plan: RunPlan, recorder: Any) -> None:
         self.plan, self.job, self.recorder = plan, plan.job, recorder
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        #: For what ranks agree on beside the GPUs; None where the usual group is on the CPU itself.
+        self.control = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
         self.attempt = 0
         self.step, self.position = 0, 0
         self.tokens = self.trained_tokens = 0
         self.saving_s, self.saved_step = 0.0, 0
-        self.stop_reason = ""
+        self.notice: Notice | None = None
         self._pending_beat: Any = None
         setup.use_threads(self.job)
         self.store = open_store(plan.run_uri)
@@ -82,7 +89,7 @@ class Worker:
             try:
                 step_plan = self._plan_step()
             except NoMoreShards:
-                self._stop()
+                self._leave()
             if step_plan.rows == 0:
                 break  # what is left of the epoch was dropped
             rate = self._learning_rate()
@@ -90,16 +97,19 @@ class Worker:
             planned = time.perf_counter()
             objective = self.learner.objective
             objective.begin_step(self.learner.infer, self.corpus, step_plan, self.rank)
-            result = self.learner.step(
-                self._batches(step_plan.micro_batches[self.rank]), objective.denominator(step_plan), rate
-            )
+            try:
+                result = self.learner.step(
+                    self._batches(step_plan.micro_batches[self.rank]), objective.denominator(step_plan), rate
+                )
+            except Abandoned:
+                self._leave()
             self.step, self.position = self.step + 1, step_plan.next_position
             self.tokens += step_plan.tokens
             self.trained_tokens += step_plan.trained_tokens
             self._refuse_divergence(result)
             if self._due(self.job.eval.every_steps):
                 self._evaluate()
-            stop = setup.agree(bool(self.stop_reason), self.learner.device)
+            leave = self._agree_to_leave()
             result.seconds |= {"data": planned - started, "checkpoint": self.saving_s}
             self._record(step_plan, result, rate, time.perf_counter() - started)
             if (
@@ -108,8 +118,8 @@ class Worker:
                 or self.step == self.plan.total_steps
             ):
                 self._save()
-            if stop:
-                self._stop()
+            if leave:
+                self._leave()
         if self.step > self.saved_step:
             self._save()
         self._finish_saving()
@@ -118,21 +128,30 @@ class Worker:
 
     # -- the parts of the loop ---------------------------------------------------------------------------------
 
-    def _stop(self) -> NoReturn:
+    def _agree_to_leave(self) -> bool:
+        """Whether any rank has heard that they should. On the CPU, so that no GPU waits for the answer; a collective."""
+        return setup.agree(self.notice is not None, torch.device("cpu"), self.control)
+
+    def _leave(self) -> NoReturn:
         """Save what is not saved, and leave together: rank 0 commits last, and Ray ends the group with its first rank."""
+        heard = [notice for notice in setup.gather(self.notice) if notice is not None]
+        notice = min(heard, key=lambda one: one.moving, default=Notice("no more data"))
         if self.step > self.saved_step:
             self._save()
         self._finish_saving()
         dist.barrier()
+        if notice.moving:
+            self._tell("forget_ranks")
+            raise Moving(f"Saved at step {self.step}, since {notice.reason}.")
         raise PreemptedError(
-            f"The run was asked to stop ({self.stop_reason or 'by another rank'}) and is saved at step {self.step}.",
+            f"The run was asked to stop ({notice.reason}) and is saved at step {self.step}.",
             "Start it again under the same name to go on.",
         )
 
     def _waiting_for_data(self) -> bool:
         """Whether to give up. All ranks plan the same step, so all wait for the same shard, and all hear this."""
         self._beat("data")
-        return self.stop_reason == NO_MORE_SHARDS
+        return self.notice is not None and self.notice.reason == NO_MORE_SHARDS
 
     def _plan_step(self) -> StepPlan:
         return plan_step(
@@ -148,9 +167,12 @@ class Worker:
         )
 
     def _batches(self, micro_batches: list[MicroBatch]) -> Iterator[dict[str, Any]]:
-        """Tensors of this rank's micro-batches, with a sign of life at each."""
-        for micro_batch in micro_batches:
+        """Tensors of this rank's micro-batches, with a sign of life at each. Raises Abandoned between two where the ranks should
+        leave: the state of the last step is whole, and nodes that are taken away do not wait for this one."""
+        for number, micro_batch in enumerate(micro_batches):
             self._beat("train")
+            if number and self._agree_to_leave():
+                raise Abandoned
             yield self.learner.objective.collate(self.corpus, micro_batch)
         self._beat("train")
 
@@ -361,7 +383,7 @@ class Worker:
     def _beat(self, phase: str) -> None:
         """A sign of life; picks up the answer to an earlier one without waiting for it."""
         if self._pending_beat is not None and ray.wait([self._pending_beat], timeout=0)[0]:
-            self.stop_reason = ray.get(self._pending_beat) or self.stop_reason
+            self.notice = ray.get(self._pending_beat) or self.notice
             self._pending_beat = None
         state = {
             "phase": phase,

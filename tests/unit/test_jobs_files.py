@@ -118,11 +118,11 @@ def test_a_critic_can_be_made_of_the_ppo_jobs(name: str, tmp_path: Path) -> None
 def test_the_gpu_jobs_fill_their_nodes(name: str, nodes: int) -> None:
     """The nodes they speak of hold them, and one node less does not."""
     from rayft.errors import ResourceError
-    from rayft.rlhf.placement import refuse_what_never_fits, table_of
+    from rayft.rlhf.placement import refuse_beyond, table_of
 
     job = load_job(ROOT / "jobs" / f"{name}.yaml")
     table = table_of(job, critic=job.rl.critic, reference=job.reference == "group")
     there = [(f"node{number}", {"CPU": 128.0, "GPU": 8.0}) for number in range(nodes)]
-    refuse_what_never_fits(table, there)
+    refuse_beyond(table, there)
     with pytest.raises(ResourceError, match="GPU"):
-        refuse_what_never_fits(table, there[1:])
+        refuse_beyond(table, there[1:])

@@ -13,7 +13,7 @@ from rayft.data.template import ChatTokenizer
 from rayft.errors import DataError
 from rayft.rlhf.experience import experience, lay_out, score_with_rules, uniform_groups, weights_of
 from rayft.rlhf.prompts import Prompt, PromptSet
-from rayft.rlhf.rollout import Rollout, units_of
+from rayft.rlhf.rollout import Rollout, asked_of, units_of
 from rayft.spec import Data, Job, parse_job
 from tests.tiny import tiny_tokenizer
 
@@ -122,12 +122,14 @@ def prompt(position: int, length: int = 3) -> Prompt:
 
 def test_units_follow_from_the_prompts_alone() -> None:
     prompts = [prompt(i) for i in range(5)]
-    units = units_of(prompts, 3, 2, seed=7)
+    units = units_of(asked_of(prompts, 3), 6, seed=7)
     assert [len(unit.prompts) for unit in units] == [6, 6, 3]
     seeds = [seed for unit in units for seed in unit.seeds]
     assert len(set(seeds)) == 15
-    assert [seed for unit in units_of(prompts[2:4], 3, 2, seed=7) for seed in unit.seeds] == seeds[6:12]
-    assert units_of(prompts, 3, 2, seed=8)[0].seeds != units[0].seeds
+    assert [seed for unit in units_of(asked_of(prompts[2:4], 3), 6, seed=7) for seed in unit.seeds] == seeds[
+        6:12
+    ]
+    assert units_of(asked_of(prompts, 3), 6, seed=8)[0].seeds != units[0].seeds
 
 
 def rollouts(lengths: list[int], ended: list[bool] | None = None, generations: int = 2) -> list[Rollout]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rayft.errors import ResourceError
-from rayft.rlhf.placement import in_physical_order, refuse_what_never_fits, table_of
+from rayft.rlhf.placement import in_physical_order, refuse_beyond, table_of
 from tests.unit.test_rlhf_parts import job_of
 
 
@@ -66,13 +66,13 @@ def test_what_can_never_fit_is_refused_with_the_arithmetic() -> None:
         rollout={"engines": 2, "max_new_tokens": 8},
         placement={"rollout": {"apart": True, "cpus": 3}},
     )
-    refuse_what_never_fits(made, [("a", {"CPU": 7}), ("b", {"CPU": 3})])
+    refuse_beyond(made, [("a", {"CPU": 7}), ("b", {"CPU": 3})])
     with pytest.raises(
         ResourceError, match=r"needs 10 CPU \(2 x 2 CPU for policy, 2 x 3 CPU for rollout\).* has 9 \(a: 6"
     ):
-        refuse_what_never_fits(made, [("a", {"CPU": 6}), ("b", {"CPU": 3})])
+        refuse_beyond(made, [("a", {"CPU": 6}), ("b", {"CPU": 3})])
     with pytest.raises(ResourceError, match="No node has 3 CPU, which a process of rollout needs"):
-        refuse_what_never_fits(made, [("a", {"CPU": 2})] * 9)
+        refuse_beyond(made, [("a", {"CPU": 2})] * 9)
 
 
 def test_ranks_are_numbered_by_node_and_gpu() -> None:

@@ -1,0 +1,160 @@
+"""Nodes that are taken away with notice: the run saves, and goes on elsewhere or ends resumable; nothing is lost or charged."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayft.storage import open_store
+from tests.cluster.steps import prepare_folder, small_job
+from tests.nodes import Nodes, ray_nodes
+from tests.runs import assert_same_state, events, losses, rayft, step_reached, wait_until, write_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS = 40
+
+
+class Runs:
+    """Job files over one folder, and the undisturbed run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = prepare_folder(
+            folder, hidden_size=192, intermediate_size=512, num_hidden_layers=4, head_dim=48
+        )
+
+    def job(self, name: str, **groups: Any) -> Path:
+        job = small_job(
+            self.folder,
+            name=name,
+            train={"max_steps": STEPS, "precision": "bf16", "micro_batch_size": 1},
+            zero={"stage": 2},
+            # No failure is forgiven: moving is none. No checkpoint is due in all the run but the last.
+            cluster={"num_workers": 2, "max_failures": 0, **groups.pop("cluster", {})},
+            checkpoint={"every_steps": 1000},
+            **groups,
+        )
+        return write_job(job, self.folder / f"{name}.yaml")
+
+    def uri(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def start(self, path: Path, **environment: str):  # type: ignore[no-untyped-def]
+        return rayft("run", str(path), log=self.folder / f"{path.stem}.log", **environment)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    made = Runs(tmp_path_factory.mktemp("drain"))
+    with made.start(made.job("whole")) as run:
+        assert run.wait() == 0, run.output()
+    return made
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    with ray_nodes(3) as made:
+        yield made
+
+
+def used(store: Any) -> list[str]:
+    """Ids of the nodes of the attempt that runs."""
+    return list(events(store, "resume")[-1:] or events(store, "start")[-1:])
+
+
+def test_a_node_that_is_taken_away_is_left_in_time(runs: Runs, nodes: Nodes) -> None:
+    """Two of three nodes are used, and one after another is drained, a new one coming for it."""
+    store = open_store(runs.uri("moved"))
+    with runs.start(runs.job("moved"), RAY_ADDRESS=nodes.address) as run:
+        for number, node in enumerate(nodes.ids[:2]):
+            reached = max(losses(store), default=0) + 3
+            wait_until(f"step {reached}", step_reached(store, reached), run)
+            nodes.drain(node, 60)
+            nodes.add()
+            wait_until(
+                "the notice", lambda n=number: len(events(store, "drain")) > n or run.process.poll() == 0, run
+            )
+        assert run.wait() == 0, run.output()
+    assert_same_state(runs.uri("moved"), runs.uri("whole"))
+    assert losses(store) == losses(open_store(runs.uri("whole")))
+    told, resumed = events(store, "drain"), events(store, "resume")
+    assert 1 <= len(told) == len(resumed) <= 2  # one of the three had nothing of the run
+    assert all("is taken away within" in event["message"] for event in told)
+    assert [event["repeated"] for event in resumed] == [0] * len(resumed)
+    assert events(store, "failure") == []
+
+
+def test_without_a_place_to_go_it_ends_resumable(runs: Runs, nodes: Nodes) -> None:
+    """One node is left of three; wait_s later the run ends with 8, and goes on elsewhere under the same name."""
+    store, path = open_store(runs.uri("nowhere")), runs.job("nowhere", cluster={"wait_s": 12})
+    with runs.start(path, RAY_ADDRESS=nodes.address) as run:
+        wait_until("step 3", step_reached(store, 3), run)
+        for node in nodes.ids[:2]:
+            nodes.drain(node, 300)
+        assert run.wait() == 8, run.output()
+        assert "waiting for 2 x 1 CPU; free: 1 CPU" in run.output()
+    [end] = events(store, "end")
+    assert end["code"] == 8
+    assert "No nodes came within 12 s" in end["message"]
+    with runs.start(path) as run:
+        assert run.wait() == 0, run.output()
+    assert events(store, "resume")[-1]["repeated"] == 0
+    assert_same_state(runs.uri("nowhere"), runs.uri("whole"))
+
+
+def test_the_drivers_node_takes_the_run_with_it(runs: Runs, nodes: Nodes) -> None:
+    store, path = open_store(runs.uri("ended")), runs.job("ended")
+    with runs.start(path, RAY_ADDRESS=nodes.address) as run:
+        wait_until("step 3", step_reached(store, 3), run)
+        nodes.drain(nodes.head, 60)
+        assert run.wait() == 8, run.output()
+    [end] = events(store, "end")
+    assert end["code"] == 8
+    assert "the driver's node" in end["message"]
+    with runs.start(path) as run:
+        assert run.wait() == 0, run.output()
+    assert events(store, "resume")[-1]["repeated"] == 0
+    assert_same_state(runs.uri("ended"), runs.uri("whole"))
+
+
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 1, 3))])
+def test_a_step_is_given_up_between_micro_batches(stage: int, runs: Runs) -> None:
+    """Steps of 200 micro-batches: asked to stop in the middle of the second, it ends with the state of the first."""
+    name = f"long-{stage}"
+    groups = {
+        "data": {"train": [{"path": str(runs.folder / "rows.jsonl")}], "max_length": 256, "packing": False},
+        "zero": {"stage": stage},
+        "train": {
+            "max_steps": 3,
+            "precision": "bf16",
+            "micro_batch_size": 1,
+            "global_batch_size": 400,
+            "learning_rate": 1e-3,
+        },
+    }
+    paths = []
+    for suffix in ("", "-whole"):
+        job = small_job(
+            runs.folder,
+            name=name + suffix,
+            cluster={"num_workers": 2},
+            checkpoint={"every_steps": 1000},
+            **groups,
+        )
+        paths.append(write_job(job, runs.folder / f"{name}{suffix}.yaml"))
+    path, whole = paths
+    store = open_store(runs.uri(name))
+    with runs.start(path) as run:
+        wait_until("step 1", step_reached(store, 1), run)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 8, run.output()
+    assert list(losses(store)) == [1]
+    assert "is saved at step 1" in events(store, "end")[0]["message"]
+    for other in (path, whole):
+        with runs.start(other) as run:
+            assert run.wait() == 0, run.output()
+    assert_same_state(runs.uri(name), runs.uri(f"{name}-whole"))
