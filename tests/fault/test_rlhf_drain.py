@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ def job_file(folder: Path, kind: str, name: str, **cluster: Any) -> tuple[Path, 
         folder,
         method,
         name=name,
-        rewards=[function(folder, "small")],
+        rewards=[function(folder, "slow")],
         data={"train": [{"path": str(folder / "prompts.jsonl")}], "max_length": 192},
-        train={"max_steps": 8, "global_batch_size": 8, "learning_rate": 1e-3, "precision": "bf16"},
+        train={"max_steps": 5, "global_batch_size": 8, "learning_rate": 1e-3, "precision": "bf16"},
         # No failure is forgiven: moving is none. No checkpoint is due in all the run but the last.
         cluster={"num_workers": 2, "max_failures": 0, **cluster},
         checkpoint={"every_steps": 1000},
@@ -104,6 +105,7 @@ def test_asked_to_stop_it_keeps_the_answers_that_are_there(
     store = open_store(stopped)
     with rayft("run", str(path), log=folder / f"{kind}-stopped.log") as run:
         wait_until("step 2", step_reached(store, 2), run)
+        time.sleep(1)  # into the next step, most of which is drawing and scoring answers
         run.process.send_signal(signal.SIGTERM)
         assert run.wait() == 8, run.output()
     [end] = events(store, "end")
