@@ -21,6 +21,7 @@ from rayft.train.budget import Budget
 from rayft.train.cluster import worker_resources
 from rayft.train.failures import as_rayft_error
 from rayft.train.group import NO_MORE_SHARDS, run_worker, worker_environment
+from rayft.train.placing import Placing
 from rayft.train.prepare import Prepared, Shards
 from rayft.train.signals import StopSignals
 from rayft.train.watch import Watch
@@ -148,6 +149,7 @@ def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
                 recorder, cluster.max_failures, starts=cluster.max_failures if elastic else 0
             ),
             worker_runtime_env={"env_vars": worker_environment(plan.job, plan.stage)},
+            callbacks=[Placing(recorder)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rayft.report.progress import Progress
 from rayft.report.trackers import wanted_trackers
 from rayft.spec import Job
 from rayft.storage import Store, open_store
+from rayft.train.account import owner_of_run
 from rayft.train.cluster import connect, refuse_impossible
 from rayft.train.finish import finish, show_result
 from rayft.train.history import End, EndedBefore, already_ended, refuse_other_origin, take_job
@@ -31,6 +33,8 @@ from rayft.train.watch import Watch
 #: What preparing needs of libraries that take seconds to import.
 HEAVY = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 
+
+ASK_TIMEOUT_S = 60.0
 
 #: What happens between the lease and its release: prepare, train, leave behind.
 Body = Callable[[Job, Store, str, Lease, Any, Console, StopSignals, End | None], None]
@@ -66,6 +70,7 @@ def _run(
 ) -> None:
     lease = Lease.acquire(store, {"job": job.name}, takeover=takeover, on_wait=console.print)
     lease.start_heartbeat()
+    began = time.time()
     recorder: Any = None
     try:
         wanted_trackers(job)  # refuses what is not installed before anything starts
@@ -74,6 +79,7 @@ def _run(
             connect(job.cluster)
         refuse_impossible(job.cluster)
         recorder = start_recorder(job, run_uri, lease.owner, lease.epoch)
+        ray.get(recorder.open.remote(began, owner_of_run()), timeout=ASK_TIMEOUT_S)
         body(job, store, run_uri, lease, recorder, console, signals, end_before)
         _record_end(recorder, store, 0, "done")
     except EndedBefore:
@@ -104,7 +110,7 @@ def _run_under_lease(
     prepared = prepare(job, run_uri, cache_uri, lease.owner, console.print)
     refuse_other_origin(store, job.name, prepared.origin(), end_before)
     write_lineage(store, prepared.origin())
-    ray.get(recorder.event.remote("plan", **prepared.memory), timeout=60)
+    ray.get(recorder.event.remote("plan", **prepared.memory), timeout=ASK_TIMEOUT_S)
     progress = Progress(console, prepared.plan.total_steps, every=job.log.every_steps)
 
     def show(rows: list[Any]) -> None:
