@@ -23,7 +23,10 @@ def run(args: argparse.Namespace) -> int:
         from rayft.rlhf.run import run as run_job
     else:
         from rayft.train.run import run as run_job
-    return run_job(job, takeover=args.takeover)
+    look_first = None
+    if job.cluster.preflight:
+        from rayft.fleet.preflight import preflight_job as look_first
+    return run_job(job, takeover=args.takeover, look_first=look_first)
 
 
 def check(args: argparse.Namespace) -> int:
@@ -144,7 +147,8 @@ def usage(args: argparse.Namespace) -> int:
 
 def preflight(args: argparse.Namespace) -> int:
     """Look at every node of a cluster before a run does: packages, GPUs, storage, disk, clock, network; names the bad ones."""
-    from rayft.fleet.preflight import Limits, preflight_cluster
+    from rayft.fleet.preflight import preflight_cluster
+    from rayft.fleet.verdict import Limits
 
     limits = Limits(
         min_disk_gb=args.min_disk_gb,

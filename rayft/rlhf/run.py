@@ -22,15 +22,21 @@ from rayft.storage import Store, node_cache_dir
 from rayft.train.finish import finish
 from rayft.train.fit import refuse_lost
 from rayft.train.history import End, refuse_other_origin
-from rayft.train.run import run_with
+from rayft.train.run import LookFirst, run_with
 from rayft.train.signals import StopSignals
 
 ASK_TIMEOUT_S = 60.0
 
 
-def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> int:
+def run(
+    job: Job,
+    *,
+    console: Console | None = None,
+    takeover: bool = False,
+    look_first: LookFirst | None = None,
+) -> int:
     """Start or resume the run `job.name`; returns 0, or raises the RayftError that carries the exit code."""
-    return run_with(_run_under_lease, job, console=console, takeover=takeover)
+    return run_with(_run_under_lease, job, console=console, takeover=takeover, look_first=look_first)
 
 
 def _run_under_lease(

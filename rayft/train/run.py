@@ -14,7 +14,7 @@ import ray
 from rich.console import Console
 
 from rayft.checkpoint import Lease
-from rayft.errors import RayftError
+from rayft.errors import JobError, RayftError
 from rayft.report.lineage import write_lineage
 from rayft.report.page import write_page
 from rayft.report.progress import Progress
@@ -40,12 +40,29 @@ ASK_TIMEOUT_S = 60.0
 Body = Callable[[Job, Store, str, Lease, Any, Console, StopSignals, End | None], None]
 
 
-def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> int:
+#: Looks at the nodes before a run starts on them: job, URI of the run folder, recorder, console. Raises what is wrong.
+LookFirst = Callable[[Job, str, Any, Console], None]
+
+
+def run(
+    job: Job,
+    *,
+    console: Console | None = None,
+    takeover: bool = False,
+    look_first: LookFirst | None = None,
+) -> int:
     """Start or resume the run `job.name`; returns 0, or raises the RayftError that carries the exit code."""
-    return run_with(_run_under_lease, job, console=console, takeover=takeover)
+    return run_with(_run_under_lease, job, console=console, takeover=takeover, look_first=look_first)
 
 
-def run_with(body: Body, job: Job, *, console: Console | None = None, takeover: bool = False) -> int:
+def run_with(
+    body: Body,
+    job: Job,
+    *,
+    console: Console | None = None,
+    takeover: bool = False,
+    look_first: LookFirst | None = None,
+) -> int:
     """`run`, whatever the method does between start and end."""
     console = console or Console()
     run_uri = absolute_uri(job.storage).rstrip("/") + f"/{job.name}"
@@ -53,7 +70,7 @@ def run_with(body: Body, job: Job, *, console: Console | None = None, takeover: 
     if already_ended(store, job, console):
         return 0
     with StopSignals() as signals:
-        _run(body, job, store, run_uri, console, signals, takeover=takeover)
+        _run(body, job, store, run_uri, console, signals, takeover=takeover, look_first=look_first)
     show_result(store, job, console)
     return 0
 
@@ -67,6 +84,7 @@ def _run(
     signals: StopSignals,
     *,
     takeover: bool,
+    look_first: LookFirst | None,
 ) -> None:
     lease = Lease.acquire(store, {"job": job.name}, takeover=takeover, on_wait=console.print)
     lease.start_heartbeat()
@@ -80,6 +98,10 @@ def _run(
         refuse_impossible(job.cluster)
         recorder = start_recorder(job, run_uri, lease.owner, lease.epoch)
         ray.get(recorder.open.remote(began, owner_of_run()), timeout=ASK_TIMEOUT_S)
+        if look_first is not None:
+            look_first(job, run_uri, recorder, console)
+        elif job.cluster.preflight:
+            raise JobError("cluster.preflight is what `rayft run` does.", "Start the job with it.")
         body(job, store, run_uri, lease, recorder, console, signals, end_before)
         _record_end(recorder, store, 0, "done")
     except EndedBefore:

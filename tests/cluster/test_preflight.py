@@ -1,0 +1,89 @@
+"""`rayft preflight` on real nodes, one of them with real faults: an old package, a wrong endpoint, a full disk, no answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.nodes import ray_nodes
+from tests.shared import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+#: Where nothing listens.
+NOWHERE = "http://127.0.0.1:9"
+#: A file system that has no byte free.
+FULL = "/proc"
+
+
+def preflight(address: str, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, what it printed, what it complained of."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rayft.cli", "preflight", "--address", address, "--json", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def old_package(folder: Path) -> Path:
+    """A folder whose packages come before the installed ones."""
+    info = folder / "peft-0.1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
+    return folder
+
+
+def test_faults_of_one_node(s3_bucket: str, tmp_path: Path) -> None:
+    storage = f"s3://{s3_bucket}/runs"
+    # How fast a network of this machine with itself is says nothing; that it was measured does.
+    lenient = ("--min-disk-gb", "0.1", "--min-shm-gb", "0.1", "--storage", storage)
+    with ray_nodes(1) as nodes:
+        path = os.pathsep.join([str(old_package(tmp_path / "old")), str(ROOT)])
+        faults = {"PYTHONPATH": path, "AWS_ENDPOINT_URL": NOWHERE, "RAYFT_CACHE": f"{FULL}/cache"}
+        bad = nodes.add(env_vars=faults)
+        code, seen, said = preflight(nodes.address, *lenient)
+        assert code == 4, (seen, said)
+        found = {(finding["node"], finding["check"]) for finding in seen["findings"]}
+        assert found == {("127.0.0.3", "versions"), ("127.0.0.3", "storage"), ("127.0.0.3", "disk")}, seen
+        texts = [finding["text"] for finding in seen["findings"]]
+        assert any(text.startswith("peft is 0.1.0; on 2 other nodes it is") for text in texts)
+        assert any(f"0.0 GB of disk free at {FULL}" in text for text in texts)
+        assert "1 of 3 nodes is bad: 127.0.0.3" in said
+        told = {node["name"]: node for node in seen["nodes"]}
+        assert len(told) == 3
+        assert all(abs(node["skew"][0]) <= node["skew"][1] + 0.5 for node in told.values())
+        assert seen["bandwidth"] > 0
+        assert told["127.0.0.2"]["links"]["127.0.0.3"] > 0
+        assert told["127.0.0.2"]["facts"]["storage"]["write"] > 0
+
+        # A storage that no node reaches is no node's fault.
+        code, _, said = preflight(
+            nodes.address, "--storage", "s3://no-such-bucket-here/x", "--timeout-s", "40"
+        )
+        assert code == 5, said
+
+        # Stopped, not dead: Ray takes it for alive for a while.
+        raylet = psutil.Process(bad.all_processes["raylet"][0].process.pid)
+        raylet.send_signal(signal.SIGSTOP)
+        try:
+            code, seen, said = preflight(nodes.address, *lenient, "--timeout-s", "14")
+        finally:
+            raylet.send_signal(signal.SIGCONT)
+        assert code == 4
+        silent = [(f["node"], f["text"]) for f in seen["findings"] if f["check"] == "answer"]
+        assert silent == [("127.0.0.3", silent[0][1])]
+        assert "no answer within" in silent[0][1]
