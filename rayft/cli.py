@@ -23,10 +23,11 @@ def run(args: argparse.Namespace) -> int:
         from rayft.rlhf.run import run as run_job
     else:
         from rayft.train.run import run as run_job
-    look_first = None
     if job.cluster.preflight:
-        from rayft.fleet.preflight import preflight_job as look_first
-    return run_job(job, takeover=args.takeover, look_first=look_first)
+        from rayft.fleet.preflight import preflight_job
+
+        return run_job(job, takeover=args.takeover, look_first=preflight_job)
+    return run_job(job, takeover=args.takeover)
 
 
 def check(args: argparse.Namespace) -> int:

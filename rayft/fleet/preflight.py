@@ -249,10 +249,10 @@ def _network(
         for rank, key in enumerate(taking)
     }
     answers = _answers(asked, deadline)
-    for key, (found, error) in answers.items():
-        if error:
-            nodes[key].network_error = f"all-reduce with the other nodes ({backend}): {error}"
+    for key, (found, why) in answers.items():
+        if why:
+            nodes[key].network_error = f"all-reduce with the other nodes ({backend}): {why}"
         else:
             nodes[key].links = {nodes[taking[rank]].name: speed for rank, speed in found["links"].items()}
-    speeds = [found["all_reduce"] for found, error in answers.values() if not error]
+    speeds = [found["all_reduce"] for found, why in answers.values() if not why]
     return min(speeds) if len(speeds) == len(taking) else None

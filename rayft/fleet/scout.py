@@ -64,7 +64,7 @@ class Scout:
                 sent.fill_(1.0)
 
             seconds = self._timed(together, device)
-            found = {"all_reduce": 2 * (size - 1) / size * NETWORK_BYTES / seconds, "links": {}}
+            bandwidth, links = 2 * (size - 1) / size * NETWORK_BYTES / seconds, {}
             for pairs in pairings(size):
                 dist.barrier()
                 other = next((b if a == rank else a for a, b in pairs if rank in (a, b)), None)
@@ -77,9 +77,9 @@ class Scout:
                     ):
                         work.wait()
 
-                found["links"][other] = NETWORK_BYTES / self._timed(exchange, device)
+                links[other] = NETWORK_BYTES / self._timed(exchange, device)
             dist.barrier()
-            return found
+            return {"all_reduce": bandwidth, "links": links}
         finally:
             dist.destroy_process_group()
 

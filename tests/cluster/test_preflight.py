@@ -13,7 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
+from rayft.storage import open_store
+from tests.cluster.steps import prepare_folder, small_job
 from tests.nodes import ray_nodes
+from tests.runs import events, rayft, write_job
 from tests.shared import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -47,6 +50,22 @@ def old_package(folder: Path) -> Path:
     return folder
 
 
+def assert_a_job_ends_before_it_starts(address: str, tmp_path: Path) -> None:
+    """`cluster.preflight` in a job file: code 4, the node in the log, no worker begun."""
+    folder = prepare_folder(tmp_path)
+    job = small_job(folder, name="looks", cluster={"preflight": True})
+    file = str(write_job(job, folder / "job.yaml"))
+    with rayft("run", file, log=tmp_path / "log", RAY_ADDRESS=address) as run:
+        assert run.wait(90) == 4, run.output()
+    assert "127.0.0.3: peft is 0.1.0" in run.output()
+    store = open_store(folder / "runs" / "looks")
+    [told] = events(store, "preflight")
+    assert "1 bad: 127.0.0.3" in told["message"]
+    [end] = events(store, "end")
+    assert (end["code"], end["terminal"]) == (4, False)
+    assert not events(store, "start")
+
+
 def test_faults_of_one_node(s3_bucket: str, tmp_path: Path) -> None:
     storage = f"s3://{s3_bucket}/runs"
     # How fast a network of this machine with itself is says nothing; that it was measured does.
@@ -75,6 +94,8 @@ def test_faults_of_one_node(s3_bucket: str, tmp_path: Path) -> None:
             nodes.address, "--storage", "s3://no-such-bucket-here/x", "--timeout-s", "40"
         )
         assert code == 5, said
+
+        assert_a_job_ends_before_it_starts(nodes.address, tmp_path)
 
         # Stopped, not dead: Ray takes it for alive for a while.
         raylet = psutil.Process(bad.all_processes["raylet"][0].process.pid)
