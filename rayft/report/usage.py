@@ -6,7 +6,7 @@
     held            = total - waiting: while a run waits it is counted with the devices it waits for, since on a cluster
                       of its own (a RayJob) it pays for the nodes meanwhile; on a shared cluster others use them
 
-Devices are GPUs (all roles of a run together); runs without any are counted in CPUs, and never added to the others. Everything is
+What a job waited in a queue before it had a cluster is in no log. Devices are GPUs (all roles of a run together); runs without any are counted in CPUs, and never added to the others. Everything is
 computed in whole milliseconds times ten-thousandths of a device, so the parts add up exactly.
 """
 
