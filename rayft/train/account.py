@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import time
 from typing import Any
 
 from rayft.spec import Job
@@ -27,11 +26,17 @@ def devices_of(job: Job, workers: int) -> dict[str, float]:
     return {name: amount * workers for name, amount in worker_resources(job.cluster).items()}
 
 
-def process_age_s() -> float:
-    """Seconds since this process began: a worker's begins once there is room for it."""
-    import psutil
+def placing_s() -> float | None:
+    """Seconds until the placement group that this worker is in had its room, as Ray measured; None where it does not say."""
+    import ray
+    from ray.util.placement_group import get_current_placement_group
 
-    return max(0.0, time.time() - psutil.Process().create_time())
+    try:
+        group = get_current_placement_group()
+        stats = ray.util.placement_group_table(group)["stats"]
+        return max(0.0, float(stats["end_to_end_creation_latency_ms"]) / 1000)
+    except Exception:  # an account is not worth a run
+        return None
 
 
 def _metadata() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 
 class Placing(WorkerGroupCallback):
-    """Tells the recorder that a group of workers asks for its resources; it has them when its first process begins."""
+    """Tells the recorder that a group of workers asks for its room; how long that takes the group knows when it is there."""
 
     def __init__(self, recorder: Any) -> None:
         self._recorder = recorder

@@ -34,7 +34,8 @@ class Recorder:
         self._before = read_log(store)
         self.last_step = max((row["step"] for row in self._before if row["kind"] == "step"), default=0)
         self.metrics: RunMetrics | None = None
-        self._placing: float | None = None
+        #: When groups of workers began to wait for their room, since the last one that had it.
+        self._placing: list[float] = []
         self.attempt = 0
         self.ranks: dict[int, dict[str, Any]] = {}
         self.ending: RayftError | None = None
@@ -50,7 +51,7 @@ class Recorder:
 
     def placing(self) -> None:
         """A worker group asks for its resources."""
-        self._placing = self._placing or time.time()
+        self._placing.append(time.time())
 
     def begin_attempt(
         self,
@@ -59,12 +60,12 @@ class Recorder:
         message: str,
         *,
         workers: int,
-        placed_s: float | None = None,
+        placing_s: float | None = None,
         **fields: Any,
     ) -> int:
         """A worker group starts; returns its number, counted from 1. The event says how many steps are repeated.
 
-        placed_s: seconds since the group has its resources, to tell from when to when it waited for them.
+        placing_s: seconds that this group waited for its room on the cluster.
         """
         self.attempt += 1
         self.ranks.clear()
@@ -73,10 +74,9 @@ class Recorder:
         message += f", {repeated} steps are repeated" if repeated else ""
         fields |= {"workers": workers, "repeated": repeated}
         fields.setdefault("devices", devices_of(self.job, workers))
-        if self._placing is not None and placed_s is not None:
-            placed = max(self._placing, time.time() - placed_s)
-            fields["waited"] = [round(self._placing, 3), round(placed, 3)]
-        self._placing = None
+        if self._placing and placing_s is not None:
+            fields["waited"] = [round(self._placing[0], 3), round(self._placing[-1] + placing_s, 3)]
+        self._placing = []
         self.log.begin_attempt(epoch, self.attempt, resumed_step, message, **fields)
         event = "start" if resumed_step is None else "resume"
         self._show({"kind": "event", "event": event, "message": message, **fields})

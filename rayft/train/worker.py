@@ -22,7 +22,7 @@ from rayft.learner.schedule import learning_rate
 from rayft.model.files import job_files, load_tokenizer
 from rayft.storage import node_cache_dir, open_store
 from rayft.train import setup
-from rayft.train.account import process_age_s
+from rayft.train.account import placing_s
 from rayft.train.evaluate import EarlyStopping, evaluation_loss, evaluation_steps, measure_suites
 from rayft.train.failures import diverged
 from rayft.train.group import NO_MORE_SHARDS, RunPlan
@@ -285,7 +285,7 @@ class Worker:
                         message,
                         workers=self.world_size,
                         skipped=skipped,
-                        placed_s=process_age_s(),
+                        placing_s=placing_s(),
                     ),
                     timeout=ASK_TIMEOUT_S,
                 )
