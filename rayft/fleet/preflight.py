@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from rayft.errors import RayftError, ResourceError, StorageError
@@ -59,6 +57,8 @@ def preflight_cluster(address: str, storage: str | None, limits: Limits, *, as_j
 
 def preflight_job(job: Job, run_uri: str, recorder: Any, console: Console) -> None:
     """The same for a run that has joined its cluster, told to its log as well. Raises as `refuse_bad` does."""
+    import ray
+
     seen = look_at_nodes(run_uri.rpartition("/")[0], Limits())
     show(seen, console)
     bad = sorted({finding.node for finding in seen.findings})
@@ -101,6 +101,8 @@ def refuse_bad(seen: Seen) -> None:
 
 def look_at_nodes(storage: str | None, limits: Limits) -> Seen:
     """Look at every live node of the cluster this process is connected to, within `limits.timeout_s`."""
+    import ray
+
     began = time.monotonic()
     until_told = began + (1 - NETWORK_SHARE) * limits.timeout_s
     there = ray.nodes()
@@ -145,6 +147,9 @@ def look_at_nodes(storage: str | None, limits: Limits) -> Seen:
 
 
 def _scout(node_id: str) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": there, "max_restarts": 0, "max_concurrency": 4}
     return ray.remote(Scout).options(**options).remote()
@@ -184,6 +189,8 @@ def _clean(store: Store) -> None:
 
 def _answers(asked: dict[str, Any], deadline: float) -> dict[str, tuple[Any, str]]:
     """By key: what came until the deadline and no error, or nothing and why."""
+    import ray
+
     began = time.monotonic()
     pending = {ref: key for key, ref in asked.items()}
     found: dict[str, tuple[Any, str]] = {}
@@ -213,6 +220,8 @@ def reason(error: BaseException) -> str:
 
 def _skew(scout: Any, deadline: float) -> tuple[float, float] | None:
     """Seconds by which the node's clock is ahead, and how far off that may be: half of the fastest round trip."""
+    import ray
+
     best: tuple[float, float] | None = None
     for _ in range(CLOCK_ROUND_TRIPS):
         left = deadline - time.monotonic()
@@ -233,6 +242,8 @@ def _network(
     nodes: dict[str, Node], scouts: dict[str, Any], told: Sequence[str], deadline: float, notes: list[str]
 ) -> float | None:
     """Measure between the nodes that take work; fills in their links, returns the bandwidth of them all together."""
+    import ray
+
     taking = [key for key in told if nodes[key].works and "torch" in nodes[key].facts.get("versions", {})]
     if len(taking) < 2:
         notes.append("the network was not measured: fewer than two nodes that take work and have torch")
