@@ -23,6 +23,10 @@ def run(args: argparse.Namespace) -> int:
         from rayft.rlhf.run import run as run_job
     else:
         from rayft.train.run import run as run_job
+    if job.cluster.preflight:
+        from rayft.fleet.preflight import preflight_job
+
+        return run_job(job, takeover=args.takeover, look_first=preflight_job)
     return run_job(job, takeover=args.takeover)
 
 
@@ -133,6 +137,27 @@ def rollouts(args: argparse.Namespace) -> int:
         limit=args.limit,
         held_out=args.held_out,
     )
+
+
+def usage(args: argparse.Namespace) -> int:
+    """Show GPU-hours and where they went, by run, user or team, from the logs in run folders."""
+    from rayft.report.usage_table import show_usage
+
+    return show_usage(args.prefix, by=args.by, since=args.since, until=args.until, as_json=args.json)
+
+
+def preflight(args: argparse.Namespace) -> int:
+    """Look at every node of a cluster before a run does: packages, GPUs, storage, disk, clock, network; names the bad ones."""
+    from rayft.fleet.preflight import preflight_cluster
+    from rayft.fleet.verdict import Limits
+
+    limits = Limits(
+        min_disk_gb=args.min_disk_gb,
+        min_shm_gb=args.min_shm_gb,
+        max_skew_s=args.max_skew_s,
+        timeout_s=args.timeout_s,
+    )
+    return preflight_cluster(args.address, args.storage, limits, as_json=args.json)
 
 
 def schema(args: argparse.Namespace) -> int:
@@ -258,6 +283,38 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--sort", metavar="COLUMN", help="by a column such as score, or falling: --sort=-score")
     sub.add_argument("--limit", type=int, default=5, help="answers that are shown (default 5)")
+    sub = verb("usage", usage)
+    sub.add_argument(
+        "prefix", nargs="+", help="run folder, or what holds run folders (`storage`), local or s3://"
+    )
+    sub.add_argument("--by", choices=("run", "user", "team"), default="run")
+    sub.add_argument(
+        "--since", metavar="DATE", help="count from here on, such as 2026-11-01 or 2026-11-01T12:00 (UTC)"
+    )
+    sub.add_argument("--until", metavar="DATE", help="count up to here")
+    sub.add_argument("--json", action="store_true", help="as JSON, with exact whole numbers")
+    sub = verb("preflight", preflight)
+    sub.add_argument(
+        "--address",
+        default=os.environ.get("RAY_ADDRESS", "auto"),
+        help="auto or HEAD:6379 on a node of the cluster, ray://HEAD:10001 from outside (default: RAY_ADDRESS, else auto)",
+    )
+    sub.add_argument(
+        "--storage", metavar="URI", help="write and read here from every node, such as s3://bucket/prefix"
+    )
+    sub.add_argument(
+        "--min-disk-gb", type=float, default=10.0, help="free disk a node must have (default 10)"
+    )
+    sub.add_argument(
+        "--min-shm-gb", type=float, default=1.0, help="free shared memory a node must have (default 1)"
+    )
+    sub.add_argument(
+        "--max-skew-s", type=float, default=2.0, help="clocks may differ by this much (default 2)"
+    )
+    sub.add_argument(
+        "--timeout-s", type=float, default=60.0, help="a node must have answered by then (default 60)"
+    )
+    sub.add_argument("--json", action="store_true", help="as JSON")
     verb("schema", schema)
     sub = verb("chat", chat)
     sub.add_argument("model", help="model folder, hub id or run folder")

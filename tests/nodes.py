@@ -27,10 +27,11 @@ class Nodes:
         self._number = 1
         self._nodes = [self.add() for _ in range(count)]
 
-    def add(self) -> Any:
-        """One more."""
+    def add(self, **options: Any) -> Any:
+        """One more; options are those of Ray's `add_node`."""
         self._number += 1
-        return self._cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{self._number}", **OBJECT_STORE)
+        address = f"127.0.0.{self._number}"
+        return self._cluster.add_node(num_cpus=1, node_ip_address=address, **OBJECT_STORE, **options)
 
     def drain(self, node_id: str, seconds: float) -> None:
         """Announce that a node is taken away in so many seconds, as Ray does on a spot notice."""

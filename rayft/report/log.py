@@ -6,9 +6,11 @@ Rows (every row also gets `time` in seconds since 1970, `epoch` of the lease and
      "tokens_per_s", "trained_tokens_per_s", "padding", "seconds": {"data", "forward", "backward", "optimizer",
      "checkpoint"}, "peak_memory_gb": [one per rank], "metrics": {the method's own, means over the step}}
     {"kind": "eval", "step", "loss" (none where rewards score answers), "tokens" (or, where all is a mean over them, "rows"),
-        "metrics"}
-    {"kind": "suites", "when": "before" | "after", "step", "results": {suite: {metric: value}}}
-    {"kind": "event", "event", "message", ...}; `start` and `resume` carry `resumed_step`, `end` `code` and `terminal`
+        "metrics", "took_s"}
+    {"kind": "suites", "when": "before" | "after", "step", "results": {suite: {metric: value}}, "took_s"}
+    {"kind": "event", "event", "message", ...}; `open` (a driver starts) carries `began`, `user`, `team` and `devices` asked for,
+        `start` and `resume` (an attempt begins) `resumed_step` and `devices` held, `end` `code` and `terminal`; any may carry
+        `waited: [from, to]`, when there was no room on the cluster
 
 A local run folder has `log.jsonl`. An object store cannot append, so there the log is a series of segments
 `log/<epoch>-<n>.jsonl`; the newest one is rewritten every few seconds until it is full.
@@ -155,7 +157,14 @@ def read_log(store: Store) -> list[Row]:
 
 def read_all(store: Store) -> list[Row]:
     """Every row that was ever written, those that no longer count included, in the order of writing."""
-    return _parse(_raw(store))
+    return read_lines(store)[0]
+
+
+def read_lines(store: Store) -> tuple[list[Row], int]:
+    """`read_all`, and how many lines were torn."""
+    lines = [line for line in _raw(store).splitlines() if line.strip()]
+    rows = [row for line in lines if (row := _parsed(line)) is not None]
+    return rows, len(lines) - len(rows)
 
 
 def current_rows(rows: Iterable[Row]) -> list[Row]:
@@ -185,14 +194,12 @@ def _raw(store: Store) -> bytes:
     return b"\n".join(parts)
 
 
-def _parse(raw: bytes) -> list[Row]:
-    rows = []
-    for line in raw.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+def _parsed(line: bytes) -> Row | None:
+    try:
+        row: Row = json.loads(line)
+    except ValueError:
+        return None
+    return row
 
 
 def _encode(row: Row) -> bytes:

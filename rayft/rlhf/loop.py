@@ -86,7 +86,7 @@ class Loop:
         self.prompts, self.roles, self.state = prompts, roles, state
         self.recorder, self.store, self._heed = recorder, store, heed
         self.held_out = held_out
-        self._saved_step = state.step
+        self._saved_step, self._saving_s = state.step, 0.0
         self._finished = kept_finished(store, state.step, state.saved_epoch, prompts)
         self._ahead = Ahead() if self.job.rollout.lag else None
         if self._ahead and state.ahead:
@@ -187,9 +187,15 @@ class Loop:
             return
         if self._ahead and self._ahead.begun:
             self._ahead.look()  # the engines are not free before
+        began = time.perf_counter()
         metrics = self.held_out.measure(self.roles, self.state.step)
-        rows = len(self.held_out.prompts)
-        self.recorder.row.remote({"kind": "eval", "step": self.state.step, "rows": rows, "metrics": metrics})
+        row = {
+            "kind": "eval",
+            "step": self.state.step,
+            "rows": len(self.held_out.prompts),
+            "metrics": metrics,
+        }
+        self.recorder.row.remote(row | {"took_s": round(time.perf_counter() - began, 3)})
 
     def _sync(self) -> dict[str, float]:
         began = time.perf_counter()
@@ -267,6 +273,8 @@ class Loop:
             metrics["clip_fraction"] = float(np.mean([result.metrics["clip_fraction"] for result in results]))
         metrics |= {f"score/{name}": float(scores.mean()) for name, scores in step.by_source.items()}
         shown = [*results, *critic_results]
+        seconds_by_phase = step.seconds | {"checkpoint": self._saving_s}
+        self._saving_s = 0.0
         answered = sum(len(rollout.ids) for rollout in step.rollouts)
         row = {
             "kind": "step",
@@ -282,7 +290,7 @@ class Loop:
             "tokens_per_s": sum(lengths) / seconds,
             "trained_tokens_per_s": answered / seconds,
             "padding": 0.0,
-            "seconds": {name: round(value, 4) for name, value in step.seconds.items()},
+            "seconds": {name: round(value, 4) for name, value in seconds_by_phase.items()},
             "ahead_seconds": {name: round(value, 4) for name, value in step.ahead.items()},
             "sync": {name: round(value, 6) for name, value in step.sync.items()},
             "peak_memory_gb": self.roles.peak_memory_gb(),
@@ -293,12 +301,14 @@ class Loop:
 
     def _save(self) -> None:
         """The rows up to this step are made durable first: whoever resumes from the checkpoint has the log before it."""
+        began = time.perf_counter()
         ray.get(self.recorder.flush.remote(), timeout=self.roles.timeout_s)
         state = self.state.dump()
         if self._ahead and self._ahead.begun:
             state["ahead"] = keep_ahead(self.store, self.state.step, self._ahead.look())
         self._tell_commit(self.roles.save(self.state.step, state))
         self._saved_step, self.state.saved_epoch = self.state.step, self.state.epoch
+        self._saving_s = time.perf_counter() - began
 
     def _finish_saving(self) -> None:
         self._tell_commit(self.roles.finish_saving())

@@ -40,6 +40,12 @@ class Table:
     bundles: list[tuple[str, Resources]]
     spots: dict[str, list[Spot]]
 
+    @property
+    def devices(self) -> Resources:
+        """What all bundles hold together."""
+        names = sorted({name for _, need in self.bundles for name in need})
+        return {name: sum(need.get(name, 0.0) for _, need in self.bundles) for name in names}
+
 
 def table_of(job: Job, *, critic: bool, reference: bool) -> Table:
     """The bundles and spots of a job, whose method has a critic or a reference of its own, or not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from rayft.rlhf.experience import Columns, MiniBatch
 from rayft.rlhf.finished import Finished, Interrupted, key_of
 from rayft.rlhf.group import Call, Group, wait
 from rayft.rlhf.placement import (
+    Table,
     await_room,
     in_physical_order,
     place,
@@ -32,6 +34,13 @@ from rayft.train.group import worker_environment
 
 #: Loading a model, generating and measuring may take long without being stuck.
 SLOW_S = 1800.0
+#: Shorter waits for room on the cluster are not told.
+WORTH_TELLING_S = 1.0
+
+
+def table_for(plan: RlPlan) -> Table:
+    """What a run needs of the cluster."""
+    return table_of(plan.job, critic=plan.critic is not None, reference=plan.reference == "group")
 
 
 class Roles:
@@ -51,11 +60,15 @@ class Roles:
         self.timeout_s = max(SLOW_S, self.hang_s)
         self._say, self._version = say, 0
         self._environment = worker_environment(self.job, plan.stage)
-        self._table = table_of(self.job, critic=plan.critic is not None, reference=plan.reference == "group")
+        self._table = table_for(plan)
         self._spots = self._table.spots
         if room_s is None:
             refuse_what_never_fits(self._table)
+        #: What all roles hold together, as Ray resources.
+        self.devices = self._table.devices
+        began = time.time()
         self._reserved = reserve(self._table, room_s or self.job.cluster.start_timeout_s, say)
+        self._tell_placed(began)
         self._learners: list[Group] = []
         self._others: list[Group] = []
         self._starting: list[tuple[Group, Call]] = []
@@ -75,7 +88,9 @@ class Roles:
         for group in [*self._learners, *(group for group in self._others if group.role == lost)]:
             group.kill()
         self._others = [group for group in self._others if group.role != lost]
+        began = time.time()
         await_room(self._reserved, self._table, self.job.cluster.wait_s, self._say)
+        self._tell_placed(began)
         self._learners = []
         self.policy = self._learner("policy", PolicyActor)
         self.critic = self._learner("critic", CriticActor) if self.plan.critic else None
@@ -136,6 +151,13 @@ class Roles:
             return place(actor, self._reserved, spots[rank], self._environment, *args, rank, len(spots))
 
         return make
+
+    def _tell_placed(self, since: float) -> None:
+        """For the account of where the time went; looking takes milliseconds where nothing is waited for."""
+        if time.time() - since > WORTH_TELLING_S:
+            waited = [round(since, 3), round(time.time(), 3)]
+            message = f"waited {waited[1] - waited[0]:.0f} s for room on the cluster"
+            self.recorder.event.remote("placed", message, waited=waited)
 
     def _tell_recovery(self, message: str) -> None:
         self.recorder.event.remote("recovery", message)

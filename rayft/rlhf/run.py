@@ -19,7 +19,7 @@ from rayft.rlhf.group import RoleDied
 from rayft.rlhf.held_out import HeldOut
 from rayft.rlhf.loop import Loop, State
 from rayft.rlhf.plan import RlPrepared, prepare
-from rayft.rlhf.roles import Roles
+from rayft.rlhf.roles import Roles, table_for
 from rayft.spec import Job
 from rayft.storage import Store, node_cache_dir
 from rayft.train.draining import Drains
@@ -28,16 +28,22 @@ from rayft.train.finish import finish
 from rayft.train.fit import refuse_lost
 from rayft.train.group import Notice
 from rayft.train.history import End, refuse_other_origin
-from rayft.train.run import run_with
+from rayft.train.run import LookFirst, run_with
 from rayft.train.signals import StopSignals
 
 ASK_TIMEOUT_S = 60.0
 DRAINS_EVERY_S = 1.0
 
 
-def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> int:
+def run(
+    job: Job,
+    *,
+    console: Console | None = None,
+    takeover: bool = False,
+    look_first: LookFirst | None = None,
+) -> int:
     """Start or resume the run `job.name`; returns 0, or raises the RayftError that carries the exit code."""
-    return run_with(_run_under_lease, job, console=console, takeover=takeover)
+    return run_with(_run_under_lease, job, console=console, takeover=takeover, look_first=look_first)
 
 
 def _run_under_lease(
@@ -53,7 +59,8 @@ def _run_under_lease(
     prepared = prepare(job, run_uri, lease.owner, console.print)
     refuse_other_origin(store, job.name, prepared.origin(), end_before)
     write_lineage(store, prepared.origin())
-    ray.get(recorder.event.remote("plan", **prepared.memory), timeout=ASK_TIMEOUT_S)
+    devices = table_for(prepared.plan).devices
+    ray.get(recorder.event.remote("plan", devices=devices, **prepared.memory), timeout=ASK_TIMEOUT_S)
     console.print(f"data: {prepared.prompts.rows} prompts")
     driver = Driver(prepared, store, lease, recorder, console)
     with signals.asking(driver.ask_to_stop):
@@ -177,7 +184,9 @@ class Driver:
         workers = self.job.cluster.max_workers
         message += f" on {workers} worker{'s' if workers > 1 else ''}"
         ray.get(
-            self.recorder.begin_attempt.remote(epoch, step, message, workers=workers, skipped=skipped),
+            self.recorder.begin_attempt.remote(
+                epoch, step, message, workers=workers, skipped=skipped, devices=roles.devices
+            ),
             timeout=ASK_TIMEOUT_S,
         )
         self.show()

@@ -345,6 +345,10 @@ class Cluster(Group):
     elastic_interval_s: PositiveFloat = Field(
         60.0, description="Seconds between looks at whether an elastic run can grow."
     )
+    preflight: bool = Field(
+        False,
+        description="Look at every node before the run starts, as `rayft preflight` does; name the bad ones and end (4 or 5).",
+    )
     gpu: str | None = Field(
         None, description="GPU type for the memory plan, such as H100-80GB; default: what the node reports."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,7 @@ def measure_suites(worker: Worker, when: str) -> None:
     from rayft.evals.run import run_suites
 
     suites, key = worker.job.eval.suites, f"suites-{when}.json"
+    began = time.perf_counter()
     if not suites:
         return
     kept = setup.share(_kept(worker.store, key) if worker.rank == 0 else None)
@@ -143,4 +145,5 @@ def measure_suites(worker: Worker, when: str) -> None:
         if details:
             worker.store.put(f"details-{when}.json", json.dumps(details).encode())
         worker.store.put(key, json.dumps(results, indent=1, ensure_ascii=False).encode())
-        worker.recorder.row.remote({"kind": "suites", "when": when, "step": worker.step, "results": results})
+        row = {"kind": "suites", "when": when, "step": worker.step, "results": results}
+        worker.recorder.row.remote(row | {"took_s": round(time.perf_counter() - began, 3)})

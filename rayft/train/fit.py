@@ -22,6 +22,7 @@ from rayft.train.cluster import worker_resources
 from rayft.train.draining import Drains
 from rayft.train.failures import as_rayft_error
 from rayft.train.group import NO_MORE_SHARDS, run_worker, worker_environment
+from rayft.train.placing import Placing
 from rayft.train.prepare import Prepared, Shards
 from rayft.train.signals import StopSignals
 from rayft.train.waiting import Phases, Waiting
@@ -163,7 +164,7 @@ def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
             failure_config=Budget(
                 recorder, cluster.max_failures, starts=cluster.max_failures if elastic else 0
             ),
-            callbacks=[Phases(recorder)],
+            callbacks=[Phases(recorder), Placing(recorder)],
             worker_runtime_env={"env_vars": worker_environment(plan.job, plan.stage)},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),

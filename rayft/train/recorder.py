@@ -13,7 +13,9 @@ from rayft.report.log import Row, RunLog, read_log
 from rayft.report.trackers import Trackers
 from rayft.spec import Job
 from rayft.storage import open_store
+from rayft.train.account import devices_of
 from rayft.train.group import NO_MORE_SHARDS, Notice
+from rayft.train.metrics import RunMetrics
 
 
 class Recorder:
@@ -25,10 +27,15 @@ class Recorder:
 
     def __init__(self, job: Job, run_uri: str, owner: dict[str, Any], epoch: int) -> None:
         store = open_store(run_uri)
+        self.job = job
         self.log = RunLog(store, epoch, Lease(store, owner).held, attempt=0)
         self.trackers = Trackers(job, store, self._tracker_failed)
         self.rows: list[Row] = []
-        self.last_step = max((row["step"] for row in read_log(store) if row["kind"] == "step"), default=0)
+        self._before = read_log(store)
+        self.last_step = max((row["step"] for row in self._before if row["kind"] == "step"), default=0)
+        self.metrics: RunMetrics | None = None
+        #: When groups of workers began to wait for their room, since the last one that had it.
+        self._placing: list[float] = []
         self.attempt = 0
         self.ranks: dict[int, dict[str, Any]] = {}
         self.ending: RayftError | None = None
@@ -36,8 +43,32 @@ class Recorder:
         self.moved = 0
         self._waiting_since: float | None = None
 
-    def begin_attempt(self, epoch: int, resumed_step: int | None, message: str, **fields: Any) -> int:
-        """A worker group starts; returns its number, counted from 1. The event says how many steps are repeated."""
+    def open(self, began: float, owner: dict[str, str]) -> None:
+        """The driver's first word. began: when it started. owner: `user` and `team`, who the run is counted for."""
+        devices = devices_of(self.job, self.job.cluster.min_workers)
+        message = f"by {owner['user']}" + (f", team {owner['team']}" if owner["team"] else "")
+        self.log.event("open", message, began=round(began, 3), devices=devices, **owner)
+        self.metrics = RunMetrics(self.job.name, owner, self._before)
+        self._before = []
+
+    def placing(self) -> None:
+        """A worker group asks for its resources."""
+        self._placing.append(time.time())
+
+    def begin_attempt(
+        self,
+        epoch: int,
+        resumed_step: int | None,
+        message: str,
+        *,
+        workers: int,
+        placing_s: float | None = None,
+        **fields: Any,
+    ) -> int:
+        """A worker group starts; returns its number, counted from 1. The event says how many steps are repeated.
+
+        placing_s: seconds that this group waited for its room on the cluster.
+        """
         self.attempt += 1
         self.ranks.clear()
         if self.notice is not None and self.notice.moving:
@@ -45,7 +76,11 @@ class Recorder:
         repeated = max(0, self.last_step - (resumed_step or 0))
         self.last_step = resumed_step or 0
         message += f", {repeated} steps are repeated" if repeated else ""
-        fields["repeated"] = repeated
+        fields |= {"workers": workers, "repeated": repeated}
+        fields.setdefault("devices", devices_of(self.job, workers))
+        if self._placing and placing_s is not None:
+            fields["waited"] = [round(self._placing[0], 3), round(self._placing[-1] + placing_s, 3)]
+        self._placing = []
         self.log.begin_attempt(epoch, self.attempt, resumed_step, message, **fields)
         event = "start" if resumed_step is None else "resume"
         self._show({"kind": "event", "event": event, "message": message, **fields})
@@ -124,6 +159,8 @@ class Recorder:
         """The run ends: the last event, the trackers' last rows, a durable log."""
         self.event("end", message, code=code, terminal=terminal)
         self.trackers.close(code)
+        if self.metrics is not None:
+            self.metrics.close()
         self.log.flush()
 
     def flush(self) -> None:
@@ -136,6 +173,8 @@ class Recorder:
 
     def _show(self, row: Row) -> None:
         self.rows.append({"time": time.time(), **row})
+        if self.metrics is not None:
+            self.metrics.row(self.rows[-1])
 
 
 def start_recorder(job: Job, run_uri: str, owner: dict[str, Any], epoch: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import ray
 from rich.console import Console
 
 from rayft.checkpoint import Lease
-from rayft.errors import RayftError
+from rayft.errors import JobError, RayftError
 from rayft.report.lineage import write_lineage
 from rayft.report.page import write_page
 from rayft.report.progress import Progress
 from rayft.report.trackers import wanted_trackers
 from rayft.spec import Job
 from rayft.storage import Store, open_store
+from rayft.train.account import owner_of_run
 from rayft.train.cluster import connect, refuse_impossible
 from rayft.train.finish import finish, show_result
 from rayft.train.history import End, EndedBefore, already_ended, refuse_other_origin, take_job
@@ -32,16 +34,35 @@ from rayft.train.watch import Watch
 HEAVY = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 
 
+ASK_TIMEOUT_S = 60.0
+
 #: What happens between the lease and its release: prepare, train, leave behind.
 Body = Callable[[Job, Store, str, Lease, Any, Console, StopSignals, End | None], None]
 
 
-def run(job: Job, *, console: Console | None = None, takeover: bool = False) -> int:
+#: Looks at the nodes before a run starts on them: job, URI of the run folder, recorder, console. Raises what is wrong.
+LookFirst = Callable[[Job, str, Any, Console], None]
+
+
+def run(
+    job: Job,
+    *,
+    console: Console | None = None,
+    takeover: bool = False,
+    look_first: LookFirst | None = None,
+) -> int:
     """Start or resume the run `job.name`; returns 0, or raises the RayftError that carries the exit code."""
-    return run_with(_run_under_lease, job, console=console, takeover=takeover)
+    return run_with(_run_under_lease, job, console=console, takeover=takeover, look_first=look_first)
 
 
-def run_with(body: Body, job: Job, *, console: Console | None = None, takeover: bool = False) -> int:
+def run_with(
+    body: Body,
+    job: Job,
+    *,
+    console: Console | None = None,
+    takeover: bool = False,
+    look_first: LookFirst | None = None,
+) -> int:
     """`run`, whatever the method does between start and end."""
     console = console or Console()
     run_uri = absolute_uri(job.storage).rstrip("/") + f"/{job.name}"
@@ -49,7 +70,7 @@ def run_with(body: Body, job: Job, *, console: Console | None = None, takeover: 
     if already_ended(store, job, console):
         return 0
     with StopSignals() as signals:
-        _run(body, job, store, run_uri, console, signals, takeover=takeover)
+        _run(body, job, store, run_uri, console, signals, takeover=takeover, look_first=look_first)
     show_result(store, job, console)
     return 0
 
@@ -63,9 +84,11 @@ def _run(
     signals: StopSignals,
     *,
     takeover: bool,
+    look_first: LookFirst | None,
 ) -> None:
     lease = Lease.acquire(store, {"job": job.name}, takeover=takeover, on_wait=console.print)
     lease.start_heartbeat()
+    began = time.time()
     recorder: Any = None
     try:
         wanted_trackers(job)  # refuses what is not installed before anything starts
@@ -74,6 +97,11 @@ def _run(
             connect(job.cluster)
         refuse_impossible(job.cluster)
         recorder = start_recorder(job, run_uri, lease.owner, lease.epoch)
+        ray.get(recorder.open.remote(began, owner_of_run()), timeout=ASK_TIMEOUT_S)
+        if look_first is not None:
+            look_first(job, run_uri, recorder, console)
+        elif job.cluster.preflight:
+            raise JobError("cluster.preflight is what `rayft run` does.", "Start the job with it.")
         body(job, store, run_uri, lease, recorder, console, signals, end_before)
         _record_end(recorder, store, 0, "done")
     except EndedBefore:
@@ -104,7 +132,7 @@ def _run_under_lease(
     prepared = prepare(job, run_uri, cache_uri, lease.owner, console.print)
     refuse_other_origin(store, job.name, prepared.origin(), end_before)
     write_lineage(store, prepared.origin())
-    ray.get(recorder.event.remote("plan", **prepared.memory), timeout=60)
+    ray.get(recorder.event.remote("plan", **prepared.memory), timeout=ASK_TIMEOUT_S)
     progress = Progress(console, prepared.plan.total_steps, every=job.log.every_steps)
 
     def show(rows: list[Any]) -> None:

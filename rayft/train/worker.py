@@ -23,6 +23,7 @@ from rayft.learner.schedule import learning_rate
 from rayft.model.files import job_files, load_tokenizer
 from rayft.storage import node_cache_dir, open_store
 from rayft.train import setup
+from rayft.train.account import placing_s
 from rayft.train.evaluate import EarlyStopping, evaluation_loss, evaluation_steps, measure_suites
 from rayft.train.failures import Moving, diverged
 from rayft.train.group import NO_MORE_SHARDS, Notice, RunPlan
@@ -191,11 +192,13 @@ class Worker:
     def _evaluate(self) -> None:
         assert self.plan.eval_spec is not None
         self._beat("evaluate")
+        began = time.perf_counter()
         with self._beating("evaluate"):
             loss, count, metrics = evaluation_loss(self.plan, self.learner, self.rank, self.world_size)
         self.stopping.seen(loss)
         unit = "tokens" if self.job.method == "sft" else "rows"
-        self._tell("row", {"kind": "eval", "step": self.step, "loss": loss, unit: count, "metrics": metrics})
+        row = {"kind": "eval", "step": self.step, "loss": loss, unit: count, "metrics": metrics}
+        self._tell("row", row | {"took_s": round(time.perf_counter() - began, 3)})
         if self.stopping.stop:
             self._tell(
                 "event",
@@ -299,7 +302,12 @@ class Worker:
                 message += f" on {self.world_size} worker{'s' if self.world_size > 1 else ''}"
                 attempt = ray.get(
                     self.recorder.begin_attempt.remote(
-                        epoch, step, message, workers=self.world_size, skipped=skipped
+                        epoch,
+                        step,
+                        message,
+                        workers=self.world_size,
+                        skipped=skipped,
+                        placing_s=placing_s(),
                     ),
                     timeout=ASK_TIMEOUT_S,
                 )

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from rayft.checkpoint import committed_steps
 from rayft.cli import main
 from rayft.report.log import read_log
+from rayft.report.usage_table import collect
 from rayft.rlhf.plan import RlPlan
 from rayft.storage import open_store
 from tests.cluster.rewards import function, prepare_folder, rl_job
@@ -69,6 +70,11 @@ def test_a_run_asks_learns_and_exports(method: str, folder: Path, local_ray: Non
     log = read_log(open_store(uri))
     steps = [row for row in log if row["kind"] == "step"]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    [used] = collect([str(uri)])
+    begun = next(row for row in log if row.get("event") == "start")
+    assert sum(used.parts.values()) == 10_000 * used.wall_ms * begun["devices"]["CPU"]
+    assert used.parts["useful"] > 0 < used.parts["load"]
+    assert (used.parts["evaluation"] > 0) == (method == "ppo")
     first = steps[0]["metrics"]
     assert first["engine_gap"] < 1e-5
     if job.rl.kl_coef:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rayft.cli import main
 from rayft.report.log import read_log
+from rayft.report.usage_table import collect
 from rayft.storage import open_store
 from tests.cluster.steps import prepare_folder, small_job
 from tests.runs import read_json, write_job
@@ -57,6 +58,9 @@ def test_a_run_trains_evaluates_and_exports(kind: str, folder: Path, local_ray: 
     log = read_log(open_store(run))
     steps, evals = ([row for row in log if row["kind"] == what] for what in ("step", "eval"))
     assert [row["step"] for row in evals] == [3, 6]
+    [used] = collect([str(run)])
+    assert used.parts["evaluation"] >= 10_000 * 2 * sum(1000 * row["took_s"] for row in evals) * 0.99
+    assert sum(used.parts.values()) == 10_000 * 2 * used.wall_ms
     for row in (*steps, *evals):
         assert shown <= row["metrics"].keys()
     assert all(row["rows"] == 20 for row in evals)

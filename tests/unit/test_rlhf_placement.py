@@ -58,6 +58,7 @@ def test_roles_apart_and_fractions() -> None:
         (6, 2, 3),
     ]
     assert made.spots["reward r"][0].device == "cpu"
+    assert made.devices == {"CPU": 4 * 4 + 3 * 3 + 1, "GPU": 2 + 2 + 3 * 2}
 
 
 def test_what_can_never_fit_is_refused_with_the_arithmetic() -> None:
