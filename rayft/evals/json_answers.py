@@ -20,6 +20,7 @@ from rayft.evals.rows import answers, questions, suite_rows
 from rayft.evals.suite import Record, fraction, mean
 from rayft.generate.engine import Engine
 from rayft.spec import Suite
+from rayft.storage import hold_file
 
 
 class JsonAnswers:
@@ -29,7 +30,7 @@ class JsonAnswers:
         self, suite: Suite, engine: Engine, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
     ) -> None:
         self.suite, self.engine, self.tokenizer = suite, engine, tokenizer
-        self.schema = _schema(suite.schema_path) if suite.schema_path else None
+        self.schema = _schema(suite.schema_path, cache_dir) if suite.schema_path else None
         rows = suite_rows(suite, cache_dir)
         self.questions = questions(rows, suite, tokenizer)
         self.references = []
@@ -105,9 +106,10 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _schema(path: str) -> Any:
+def _schema(path: str, cache_dir: Path) -> Any:
     try:
-        schema = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        with hold_file(path, cache_dir) as file:
+            schema = json.loads(file.read_text(encoding="utf-8"))
         kind = validator_for(schema, default=Draft202012Validator)
         kind.check_schema(schema)
     except OSError as error:
