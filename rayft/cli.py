@@ -135,6 +135,15 @@ def rollouts(args: argparse.Namespace) -> int:
     )
 
 
+def cache(args: argparse.Namespace) -> int:
+    """Show what this machine keeps of remote models and data, and who uses it."""
+    from rich.console import Console
+
+    from rayft.report.node_cache import show
+
+    return show(Console(), verify=args.verify, clear=args.clear)
+
+
 def schema(args: argparse.Namespace) -> int:
     """Print the JSON schema of a job file."""
     from rayft.spec import job_schema
@@ -258,6 +267,11 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--sort", metavar="COLUMN", help="by a column such as score, or falling: --sort=-score")
     sub.add_argument("--limit", type=int, default=5, help="answers that are shown (default 5)")
+    what = verb("cache", cache).add_mutually_exclusive_group()
+    what.add_argument(
+        "--verify", action="store_true", help="look at every byte, and remove what is damaged (then code 5)"
+    )
+    what.add_argument("--clear", action="store_true", help="remove what no process uses")
     verb("schema", schema)
     sub = verb("chat", chat)
     sub.add_argument("model", help="model folder, hub id or run folder")

@@ -31,6 +31,7 @@ Kind = Literal[
     "slow",  # forwarded after `seconds`
     "reset",  # the connection is reset before anything is forwarded
     "lost_response",  # forwarded and done, then the connection is reset
+    "flipped_response",  # one bit of the body is another, and nothing else tells
     "truncated_response",  # half of the promised body, then the connection ends
     "truncated_request",  # half of the request's body is read, then the connection is reset
     "torn_write",  # half of the request's body is stored, and confirmed
@@ -129,6 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "slow" and fault:
             time.sleep(fault.seconds)
         status, headers, content = self._forward(body, conditional=kind != "unconditional")
+        if kind == "flipped_response":
+            content = bytes([content[0] ^ 1]) + content[1:]
         if kind == "lost_response":
             self._reset()
             return

@@ -243,7 +243,7 @@ def hold(
         return Held(original)
     cache = cache_at(Path(cache_dir).expanduser().absolute())
     for attempt in range(1, _ATTEMPTS + 1):
-        job = _fetching(store, key_or_prefix, keep, lock_timeout_s)
+        job = fetching(store, key_or_prefix, keep, lock_timeout_s)
         try:
             held = cache.take(job, verify=verify)
         except (ObjectChanged, ObjectNotFound) as error:
@@ -303,10 +303,13 @@ def _for_good(held: Held) -> Path:
     return held.path
 
 
-def _fetching(
-    store: Store, key_or_prefix: str, keep: Callable[[str], bool] | None, timeout_s: float
+def fetching(
+    store: Store,
+    key_or_prefix: str,
+    keep: Callable[[str], bool] | None = None,
+    timeout_s: float = LOCK_TIMEOUT_S,
 ) -> Making:
-    """How the object, or the objects of the folder, are fetched as they are now."""
+    """How the object, or the objects of the folder, are fetched as they are now. Raises `ObjectNotFound`."""
     where = store.where(key_or_prefix)
     entry = store.stat(key_or_prefix)
     entries = [entry] if entry else _in_folder(store, key_or_prefix, keep)

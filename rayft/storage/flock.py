@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rayft.errors import StorageError
 
-_POLL_S = 0.05
+_POLL_S = (0.001, 0.05)  # first, and at most: most waits are for moments
 _PROGRESS_S = 2.0
 _MOUNTS = Path("/proc/self/mountinfo")
 #: Options with which a network file system keeps locks within one node, by type (nfs(5), mount.lustre(8), mount.cifs(8)).
@@ -90,6 +90,7 @@ def _wait(
     shared: bool,
     progress: Callable[[], int] | None,
 ) -> None:
+    pause, slowest = _POLL_S
     now = time.monotonic()
     deadline, look, seen = now + timeout_s, now + _PROGRESS_S, progress() if progress else 0
     while not try_lock(descriptor, path, shared=shared):
@@ -104,7 +105,8 @@ def _wait(
                 f"Waited {timeout_s:.0f} s for another process on this node to finish {what} (lock {path}).",
                 "See whether that process is stuck and stop it, then start again.",
             )
-        time.sleep(_POLL_S)
+        time.sleep(pause)
+        pause = min(1.5 * pause, slowest)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
