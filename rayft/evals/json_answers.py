@@ -20,7 +20,7 @@ from rayft.evals.rows import answers, questions, suite_rows
 from rayft.evals.suite import Record, fraction, mean
 from rayft.generate.engine import Engine
 from rayft.spec import Suite
-from rayft.storage import hold_file
+from rayft.storage import ObjectNotFound, hold_file
 
 
 class JsonAnswers:
@@ -112,10 +112,9 @@ def _schema(path: str, cache_dir: Path) -> Any:
             schema = json.loads(file.read_text(encoding="utf-8"))
         kind = validator_for(schema, default=Draft202012Validator)
         kind.check_schema(schema)
-    except OSError as error:
-        raise JobError(
-            f"The JSON schema {path} cannot be read: {error.strerror}.", "Correct schema_path."
-        ) from None
+    except (OSError, ObjectNotFound) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.message.rstrip(".")
+        raise JobError(f"The JSON schema {path} cannot be read: {reason}.", "Correct schema_path.") from None
     except (ValueError, SchemaError) as error:
         reason = error.message if isinstance(error, SchemaError) else str(error)
         raise JobError(f"{path} is no valid JSON schema: {reason}.", "Correct the file.") from None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rayft.errors import JobError
 from rayft.model.locate import locate_model, locate_tokenizer
 from rayft.spec import Job, Model
-from rayft.storage import hold_file, node_cache_dir
+from rayft.storage import ObjectNotFound, hold_file, node_cache_dir
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -126,7 +126,7 @@ def load_tokenizer(files: ModelFiles, model: Model) -> PreTrainedTokenizerBase:
         try:
             with hold_file(model.chat_template, node_cache_dir()) as file:
                 tokenizer.chat_template = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, ObjectNotFound) as error:
             raise JobError(
                 f"The chat template {model.chat_template} cannot be read: {_first_line(error)}",
                 "model.chat_template is a Jinja file.",
