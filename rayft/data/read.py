@@ -170,17 +170,17 @@ def read_row(table: Table, index: int, node_dir: Path) -> tuple[str, dict[str, A
     if table.kind == "hub":
         return next(read_rows(table, index, 1, node_dir))
     if table.kind != "parquet":
-        return next(_rows_of(_kept_copy(table, node_dir).path, table, index, 1))
+        path = _kept_copy(table.path, table.digest, node_dir).path
+        _refuse_changed(path, table)
+        return next(_rows_of(path, table, index, 1))
     row = _whole_parquet(table, node_dir).slice(index, 1).to_pylist()[0]
     return f"{table.uri} row {index + 1}", _without_nulls(row)
 
 
 @lru_cache(maxsize=1024)
-def _kept_copy(table: Table, node_dir: Path) -> Held:
+def _kept_copy(path: str, _digest: str, node_dir: Path) -> Held:
     """The file of a table that is read row by row: looked for once, in use until other tables come."""
-    held = hold_file(table.path, node_dir)
-    _refuse_changed(held.path, table)
-    return held
+    return hold_file(path, node_dir)
 
 
 @lru_cache(maxsize=1024)

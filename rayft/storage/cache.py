@@ -166,6 +166,8 @@ class NodeCache:
     def _is_whole(self, job: Making) -> bool:
         """Whether the entry is as it was made; this process looks at its bytes once. Mends it where it is not."""
         entry = self.folder.entry(job.name)
+        if self._verified.get(job.name) == stamp(entry):
+            return True
         with self._verifying:
             if self._verified.get(job.name) == stamp(entry) or not self._damaged(job.name):
                 self._verified[job.name] = stamp(entry)

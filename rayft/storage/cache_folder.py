@@ -97,8 +97,6 @@ class CacheFolder:
         """The partial folder becomes the entry, used by this process. One that is there gets its files replaced one by one,
         so that those who use it find them at any time."""
         partial, entry = self.partial(name), self.entry(name)
-        for extra in (_PLAN, "done.jsonl"):
-            (partial / extra).unlink(missing_ok=True)
         with self.guarded():
             if entry.exists():
                 for file in [*_files(partial / "content"), partial / "entry.json"]:
@@ -108,6 +106,8 @@ class CacheFolder:
                 shutil.rmtree(partial)
             else:
                 os.replace(partial, entry)
+                for extra in (_PLAN, "done.jsonl"):  # of no use any more
+                    (entry / extra).unlink(missing_ok=True)
             self.marks.add(name)
             self._make_room(name, "", 0)  # what was made may be larger than it was estimated
 
@@ -240,7 +240,7 @@ def explained(root: Path, what: str, need: int = 0) -> Iterator[None]:
             raise full(root, what, need) from error
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise StorageError(
-            f"The node cache {root} failed while {what} was fetched: {reason}.",
+            f"The node cache {root} failed with {what}: {reason}.",
             "Give this user write permission there, or set RAYFT_CACHE to another folder.",
         ) from error
     except StorageError:

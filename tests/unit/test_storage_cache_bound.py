@@ -24,7 +24,6 @@ QUICK = RetryPolicy(attempts=3, total_s=20, base_s=0.01, cap_s=0.05)
 MB = 1_000_000
 
 
-pytest_plugins = ["tests.cached"]
 pytestmark = pytest.mark.usefixtures("forget")
 
 
