@@ -1,12 +1,7 @@
-"""A process that takes an object from the node cache: `python -m tests.cached STORE KEY CACHE`.
-
-It prints the path, then a line for every key that it reads from its standard input, and keeps all of them in use until
-that ends. `held` starts it.
-"""
+"""What tests of the node cache share: processes that take from it, damage, objects as others upload them."""
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -31,8 +26,8 @@ def forget() -> Iterator[None]:
 
 @contextmanager
 def held(store: str, key: str, cache: Path, **options: object) -> Iterator[subprocess.Popen[str]]:
-    """The process, started; the end of its standard input and a minute are its end."""
-    command = [sys.executable, "-m", "tests.cached", store, key, str(cache)]
+    """A process of `tests.take`, started; the end of its standard input and a minute are its end."""
+    command = [sys.executable, "-m", "tests.take", store, key, str(cache)]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **options)  # type: ignore[call-overload]
     try:
@@ -40,22 +35,6 @@ def held(store: str, key: str, cache: Path, **options: object) -> Iterator[subpr
     finally:
         process.kill()
         process.communicate(timeout=60)
-
-
-def main(uri: str, key: str, cache: str) -> None:
-    """Take `key`, and then what the standard input names."""
-    from rayft.errors import RayftError
-    from rayft.storage import node_cache, open_store
-
-    logging.basicConfig(format="%(message)s")
-    store = open_store(uri)
-    try:
-        print(node_cache(store, key, cache), flush=True)
-        for line in sys.stdin:
-            print(node_cache(store, line.strip(), cache), flush=True)
-    except RayftError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.code)
 
 
 def names(cache: Path) -> str:
@@ -96,7 +75,3 @@ def client() -> Any:
 
 def cut(path: Path) -> None:
     os.truncate(path, 100)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
