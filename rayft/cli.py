@@ -160,6 +160,15 @@ def preflight(args: argparse.Namespace) -> int:
     return preflight_cluster(args.address, args.storage, limits, as_json=args.json)
 
 
+def cache(args: argparse.Namespace) -> int:
+    """Show what this machine keeps of remote models and data, and who uses it."""
+    from rich.console import Console
+
+    from rayft.report.node_cache import show
+
+    return show(Console(), verify=args.verify, clear=args.clear)
+
+
 def schema(args: argparse.Namespace) -> int:
     """Print the JSON schema of a job file."""
     from rayft.spec import job_schema
@@ -315,6 +324,11 @@ def parser() -> argparse.ArgumentParser:
         "--timeout-s", type=float, default=60.0, help="a node must have answered by then (default 60)"
     )
     sub.add_argument("--json", action="store_true", help="as JSON")
+    what = verb("cache", cache).add_mutually_exclusive_group()
+    what.add_argument(
+        "--verify", action="store_true", help="look at every byte, and remove what is damaged (then code 5)"
+    )
+    what.add_argument("--clear", action="store_true", help="remove what no process uses")
     verb("schema", schema)
     sub = verb("chat", chat)
     sub.add_argument("model", help="model folder, hub id or run folder")

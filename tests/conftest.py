@@ -1,3 +1,3 @@
 """Fixtures that every test may use."""
 
-pytest_plugins = ["tests.s3"]
+pytest_plugins = ["tests.s3", "tests.cached"]

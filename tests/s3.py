@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
@@ -29,8 +30,10 @@ from tests.shared import ROOT
 Kind = Literal[
     "slow_down",  # 503 SlowDown, nothing forwarded
     "slow",  # forwarded after `seconds`
+    "throttled",  # forwarded; the answer takes `seconds` more for every MB of it
     "reset",  # the connection is reset before anything is forwarded
     "lost_response",  # forwarded and done, then the connection is reset
+    "flipped_response",  # one bit of the body is another, and nothing else tells
     "truncated_response",  # half of the promised body, then the connection ends
     "truncated_request",  # half of the request's body is read, then the connection is reset
     "torn_write",  # half of the request's body is stored, and confirmed
@@ -129,6 +132,10 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "slow" and fault:
             time.sleep(fault.seconds)
         status, headers, content = self._forward(body, conditional=kind != "unconditional")
+        if kind == "flipped_response":
+            content = bytes([content[0] ^ 1]) + content[1:]
+        if kind == "throttled" and fault:
+            time.sleep(fault.seconds * len(content) / 1e6)
         if kind == "lost_response":
             self._reset()
             return
@@ -219,13 +226,19 @@ def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def s3_proxy(s3_server: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """A faulty proxy before the bucket's server; the AWS variables point at it."""
-    proxy = FaultyProxy(s3_server)
+    with proxied(FaultyProxy(s3_server)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
+
+
+@contextmanager
+def proxied(proxy: FaultyProxy) -> Iterator[FaultyProxy]:
+    """The proxy, listening."""
     server = _Server(("127.0.0.1", 0), _Handler)
     server.proxy = proxy
     proxy.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     yield proxy
     server.shutdown()
     server.server_close()

@@ -45,6 +45,10 @@ class CheckpointReader:
         self._files = VerifiedFiles(store, self.manifest, Path(cache_dir) if cache_dir and remote else None)
         self._tensors = {(tensor.name, tensor.kind): tensor for tensor in self.manifest.tensors}
 
+    def discard_copies(self) -> None:
+        """The node's copies of a remote checkpoint go, as soon as none of its processes uses them."""
+        self._files.discard()
+
     @property
     def state(self) -> dict[str, Any]:
         """The JSON object that rank 0 saved with the fragments."""

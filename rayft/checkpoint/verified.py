@@ -14,7 +14,7 @@ import numpy as np
 from rayft.checkpoint import layout
 from rayft.checkpoint.checksum import CHUNK_BYTES, checksum
 from rayft.checkpoint.manifest import CorruptCheckpoint, Manifest, StoredFragment, StoredTensor
-from rayft.storage import Store, node_cache
+from rayft.storage import Held, Store, hold
 
 _WINDOW_CHUNKS = (
     16  # chunks fetched at once: bounds the memory of reading a huge fragment from a remote store
@@ -37,14 +37,15 @@ class _Chunk:
 class VerifiedFiles:
     """The files of one committed checkpoint.
 
-    With `cache_dir`, files of a remote store are downloaded there once per node and mapped; without, ranges
-    are fetched.
+    With `cache_dir`, files of a remote store come through the node cache there, until `discard`, and are mapped;
+    without, ranges are fetched.
     """
 
     def __init__(self, store: Store, manifest: Manifest, cache_dir: Path | None = None) -> None:
         self._store, self._manifest, self._cache_dir = store, manifest, cache_dir
         self._sizes = {file.name: file.size for file in manifest.files}
         self._maps: dict[str, mmap.mmap] = {}
+        self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
 
     def read(
@@ -75,6 +76,13 @@ class VerifiedFiles:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def discard(self) -> None:
+        """The node's copies are not wanted any more; they go when no other process uses them."""
+        with self._lock:
+            for held in self._held.values():
+                held.discard()
+            self._held.clear()
 
     def _verify_span(self, chunks: list[_Chunk]) -> None:
         if self._mapped(chunks[0].file) is None:
@@ -124,7 +132,9 @@ class VerifiedFiles:
 
     def _path(self, file: str) -> Path | None:
         if self._cache_dir is not None:
-            return node_cache(self._store, self._key(file), self._cache_dir)
+            # Not verified as a whole: of a checkpoint every chunk is, when it is read.
+            self._held[file] = hold(self._store, self._key(file), self._cache_dir, verify=False)
+            return self._held[file].path
         return self._store.local_path(self._key(file))
 
     def _map(self, file: str, path: Path) -> mmap.mmap:

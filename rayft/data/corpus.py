@@ -16,7 +16,7 @@ import numpy as np
 from rayft.data.cache import CacheSpec
 from rayft.data.template import Sample
 from rayft.errors import StorageError, WorkerError
-from rayft.storage import Store, node_cache
+from rayft.storage import Held, Store, hold
 
 #: Shards kept mapped by a process; more are opened again when needed.
 OPEN_SHARDS = 1024
@@ -40,6 +40,7 @@ class _Shard:
     row_documents: np.ndarray
     values: np.ndarray | None = None
     digests: np.ndarray | None = None
+    held: Held | None = None  # the node's copy is in use as long as the arrays are
 
 
 class NoMoreShards(Exception):
@@ -126,9 +127,10 @@ class Corpus:
     def _open(self, index: int) -> _Shard:
         shard = self.spec.shards[index]
         self._wait(index)
-        path = node_cache(self._cache, shard.key, self._node_dir)
+        held = hold(self._cache, shard.key, self._node_dir)
+        path = held.path
         try:
-            return _Shard(**_map(path))
+            return _Shard(**_map(path), held=held)
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"The cache shard {path} is damaged: {error}.", "Delete it; it will be made again."

@@ -17,7 +17,7 @@ from rayft.data.lines import Mark, csv_marks, csv_rows, delimiter, jsonl_marks, 
 from rayft.data.locate import Kind, locate
 from rayft.errors import DataError
 from rayft.spec import Source
-from rayft.storage import node_cache, open_store
+from rayft.storage import Held, hold_file
 
 _READ_BYTES = 4 << 20
 
@@ -70,19 +70,29 @@ def read_rows(table: Table, first: int, count: int, node_dir: Path) -> Iterator[
         data = _hub(table.path, table.name, table.split)
         rows: Iterator[Any] = iter(data.select(range(first, first + count)).to_list())
     else:
-        path = _local(table.path, node_dir)
-        _refuse_changed(path, table)
-        if table.marks:
-            number, skip = divmod(first, table.every)
-            rows_of = jsonl_rows if table.kind == "jsonl" else csv_rows
-            numbered = rows_of(path, table.uri, table.marks[number], skip, count)
-            yield from ((f"{table.uri} line {line}", row) for line, row in numbered)
-            return
-        rows = (
-            _parquet_rows(path, table.uri, first, count)
-            if table.kind == "parquet"
-            else iter(_json_array(str(path), table.uri)[first : first + count])
-        )
+        with hold_file(table.path, node_dir) as path:
+            _refuse_changed(path, table)
+            yield from _rows_of(path, table, first, count)
+        return
+    yield from _numbered(table, first, rows)
+
+
+def _rows_of(path: Path, table: Table, first: int, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    if table.marks:
+        number, skip = divmod(first, table.every)
+        rows_of = jsonl_rows if table.kind == "jsonl" else csv_rows
+        numbered = rows_of(path, table.uri, table.marks[number], skip, count)
+        yield from ((f"{table.uri} line {line}", row) for line, row in numbered)
+        return
+    rows = (
+        _parquet_rows(path, table.uri, first, count)
+        if table.kind == "parquet"
+        else iter(_json_array(str(path), table.uri)[first : first + count])
+    )
+    yield from _numbered(table, first, rows)
+
+
+def _numbered(table: Table, first: int, rows: Iterator[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, row in enumerate(rows, first + 1):
         where = f"{table.uri} row {number}"
         if not isinstance(row, dict):
@@ -92,7 +102,11 @@ def read_rows(table: Table, first: int, count: int, node_dir: Path) -> Iterator[
 
 def _open_file(uri: str, kind: Kind, every: int, node_dir: Path) -> Table:
     where = uri if uri.startswith("s3://") else str(Path(uri).expanduser().absolute())
-    path = _local(where, node_dir)
+    with hold_file(where, node_dir) as path:
+        return _look_at(path, uri, where, kind, every)
+
+
+def _look_at(path: Path, uri: str, where: str, kind: Kind, every: int) -> Table:
     marks: list[Mark] = []
     rows = 0
     if kind == "json" and not _is_array(path):
@@ -107,14 +121,6 @@ def _open_file(uri: str, kind: Kind, every: int, node_dir: Path) -> Table:
     else:
         rows = len(_json_array(str(path), uri))
     return Table(uri, where, kind, rows, path.stat().st_size, _digest([path]), every, tuple(marks))
-
-
-def _local(path: str, node_dir: Path) -> Path:
-    """The file on this node; an S3 object is downloaded once per node."""
-    if not path.startswith("s3://"):
-        return Path(path)
-    folder, _, name = path.rpartition("/")
-    return node_cache(open_store(folder), name, node_dir)
 
 
 def _digest(paths: list[Path]) -> str:
@@ -161,18 +167,28 @@ def _parquet(path: Path, uri: str) -> Any:
 
 def read_row(table: Table, index: int, node_dir: Path) -> tuple[str, dict[str, Any]]:
     """One row as `read_rows` gives it, for those who read in any order: a Parquet file is decoded once and stays in memory."""
-    if table.kind != "parquet":
+    if table.kind == "hub":
         return next(read_rows(table, index, 1, node_dir))
+    if table.kind != "parquet":
+        path = _kept_copy(table.path, table.digest, node_dir).path
+        _refuse_changed(path, table)
+        return next(_rows_of(path, table, index, 1))
     row = _whole_parquet(table, node_dir).slice(index, 1).to_pylist()[0]
     return f"{table.uri} row {index + 1}", _without_nulls(row)
 
 
 @lru_cache(maxsize=1024)
+def _kept_copy(path: str, _digest: str, node_dir: Path) -> Held:
+    """The file of a table that is read row by row: looked for once, in use until other tables come."""
+    return hold_file(path, node_dir)
+
+
+@lru_cache(maxsize=1024)
 def _whole_parquet(table: Table, node_dir: Path) -> Any:
-    path = _local(table.path, node_dir)
-    _refuse_changed(path, table)
-    with _parquet(path, table.uri) as file:
-        return file.read()
+    with hold_file(table.path, node_dir) as path:
+        _refuse_changed(path, table)
+        with _parquet(path, table.uri) as file:
+            return file.read()
 
 
 def _refuse_changed(path: Path, table: Table) -> None:

@@ -20,6 +20,7 @@ from rayft.evals.rows import answers, questions, suite_rows
 from rayft.evals.suite import Record, fraction, mean
 from rayft.generate.engine import Engine
 from rayft.spec import Suite
+from rayft.storage import ObjectNotFound, hold_file
 
 
 class JsonAnswers:
@@ -29,7 +30,7 @@ class JsonAnswers:
         self, suite: Suite, engine: Engine, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
     ) -> None:
         self.suite, self.engine, self.tokenizer = suite, engine, tokenizer
-        self.schema = _schema(suite.schema_path) if suite.schema_path else None
+        self.schema = _schema(suite.schema_path, cache_dir) if suite.schema_path else None
         rows = suite_rows(suite, cache_dir)
         self.questions = questions(rows, suite, tokenizer)
         self.references = []
@@ -105,15 +106,15 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _schema(path: str) -> Any:
+def _schema(path: str, cache_dir: Path) -> Any:
     try:
-        schema = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        with hold_file(path, cache_dir) as file:
+            schema = json.loads(file.read_text(encoding="utf-8"))
         kind = validator_for(schema, default=Draft202012Validator)
         kind.check_schema(schema)
-    except OSError as error:
-        raise JobError(
-            f"The JSON schema {path} cannot be read: {error.strerror}.", "Correct schema_path."
-        ) from None
+    except (OSError, ObjectNotFound) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.message.rstrip(".")
+        raise JobError(f"The JSON schema {path} cannot be read: {reason}.", "Correct schema_path.") from None
     except (ValueError, SchemaError) as error:
         reason = error.message if isinstance(error, SchemaError) else str(error)
         raise JobError(f"{path} is no valid JSON schema: {reason}.", "Correct the file.") from None

@@ -56,7 +56,7 @@ def run_suites(
     On several ranks all must call it with the same suites; rank r measures rows r, r + world_size, …, and `gather`
     brings the records together. engine: an `Engine`, or a `ScoreEngine` for suites of the type `preference`. cache_dir: where S3 files are kept on this node. Raises DataError for bad rows before anything is measured.
     """
-    cache_dir = cache_dir or node_cache_dir() / "data"
+    cache_dir = cache_dir or node_cache_dir()
     measured = {suite.name: TYPES[suite.type](suite, engine, tokenizer, cache_dir) for suite in suites}
     results: dict[str, dict[str, float]] = {}
     for name, suite in measured.items():

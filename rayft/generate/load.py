@@ -58,7 +58,7 @@ def adapter_folder(path: str, cache_dir: Path) -> Path | None:
         for uri in (path.rstrip("/"), f"{path.rstrip('/')}/model"):
             if open_store(uri).exists("adapter_config.json"):
                 parent, _, name = uri.rpartition("/")
-                return node_cache(open_store(parent), name, cache_dir / "downloads")
+                return node_cache(open_store(parent), name, cache_dir, keep=lambda path: "/" not in path)
         return None
     local = Path(path.removeprefix("file://")).expanduser()
     return next((f for f in (local, local / "model") if (f / "adapter_config.json").exists()), None)

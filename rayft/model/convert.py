@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from rayft.errors import JobError, ResourceError
+from rayft.errors import JobError
+from rayft.storage import made
 
-LOCK_TIMEOUT_S = 3600.0
 
+def converted(source: Path, identity: str, cache_dir: Path) -> Path:
+    """A folder with the model of `source` (a GGUF file, or a folder with `.bin` weights) as fp32 safetensors.
 
-def converted(source: Path, target: Path, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> Path:
-    """`target`, holding the model of `source` (a GGUF file, or a folder with `.bin` weights) as fp32 safetensors.
-
-    One process of the node converts while others wait, at most `lock_timeout_s`; `target` appears complete or not at
-    all. The whole model is in memory meanwhile. Raises JobError if transformers cannot read the source.
+    It is an entry of the node cache: one process of the node converts while others wait. The whole model is in memory
+    meanwhile. identity: of the source's content. Raises JobError if transformers cannot read the source, StorageError if
+    the cache cannot hold the result.
     """
-    import filelock
+    return made(
+        f"model-{identity}",
+        f"{source} as safetensors",
+        lambda: _fp32_bytes(source),
+        lambda to: _convert(source, to),
+        cache_dir,
+    )
 
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(f"{target}.lock", timeout=lock_timeout_s):
-            if not target.exists():
-                partial = target.with_suffix(".partial")
-                shutil.rmtree(partial, ignore_errors=True)  # only a dead process can have left it
-                _convert(source, partial)
-                os.replace(partial, target)
-    except filelock.Timeout:
-        raise ResourceError(
-            f"Waited {lock_timeout_s:.0f} s for another process on this node to convert {source} (lock {target}.lock).",
-            "See whether that process is stuck and stop it, then start again.",
-        ) from None
-    return target
+
+def _fp32_bytes(source: Path) -> int:
+    """What the model takes in fp32, about: GGUF files say how many elements they hold, `.bin` ones mostly have 16 bits."""
+    if source.is_file():
+        from gguf import GGUFReader
+
+        try:
+            return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(source).tensors)
+        except Exception:  # the conversion says what is wrong with it
+            return source.stat().st_size
+    return 2 * sum(path.stat().st_size for path in source.glob("*.bin"))
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rayft.errors import JobError
 from rayft.model.locate import locate_model, locate_tokenizer
 from rayft.spec import Job, Model
+from rayft.storage import ObjectNotFound, hold_file, node_cache_dir
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -57,7 +58,7 @@ class ModelFiles:
 def resolve_model(model: Model, cache_dir: Path) -> ModelFiles:
     """Find the job's model, fetch and convert it if need be (once per node), and name its content.
 
-    cache_dir: folder on this node for downloads, conversions and remembered digests. Raises JobError if there is no
+    cache_dir: the node cache, for downloads, conversions and remembered digests. Raises JobError if there is no
     such model or it cannot be trained, StorageError if fetching fails.
     """
     cache_dir = Path(cache_dir).expanduser().absolute()
@@ -67,7 +68,7 @@ def resolve_model(model: Model, cache_dir: Path) -> ModelFiles:
 
         sources = [found] if found.is_file() else sorted([found / "config.json", *found.glob("*.bin")])
         identity = _identity(sources, cache_dir)
-        folder = converted(found, cache_dir / "models" / identity)
+        folder = converted(found, identity, cache_dir)
     else:
         folder = found
         config = [found / "config.json"]
@@ -123,11 +124,12 @@ def load_tokenizer(files: ModelFiles, model: Model) -> PreTrainedTokenizerBase:
         ) from None
     if model.chat_template:
         try:
-            tokenizer.chat_template = Path(model.chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            with hold_file(model.chat_template, node_cache_dir()) as file:
+                tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError, ObjectNotFound) as error:
             raise JobError(
                 f"The chat template {model.chat_template} cannot be read: {_first_line(error)}",
-                "model.chat_template is the path of a Jinja file.",
+                "model.chat_template is a Jinja file.",
             ) from None
     return tokenizer
 
@@ -192,7 +194,7 @@ def _content_digest(path: Path, cache_dir: Path) -> str:
     real = path.resolve()
     stat = real.stat()
     key = xxhash.xxh3_128(f"{real} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode()).hexdigest()
-    remembered = cache_dir / "models" / "digests" / key
+    remembered = cache_dir / "digests" / key
     if remembered.exists():
         return remembered.read_text()
     digest = xxhash.xxh3_128()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from rayft.errors import JobError
@@ -29,18 +30,20 @@ _NOT_OURS = (
 def locate_model(model: Model, cache_dir: Path) -> Path:
     """Folder with config and weights, or a GGUF file, of `model.path`.
 
-    Remote ones are copied to `cache_dir` (s3) or the hub's own cache, once per node; of a hub model with
-    `random_weights` the weights stay there. Raises JobError if there is no such model.
+    Remote ones are copied to the node cache at `cache_dir` (s3) or to the hub's own cache, once per node; with
+    `random_weights` their weights stay there. Raises JobError if there is no such model.
     """
     if model.path.startswith("package:"):
         return _in_package(model.path.removeprefix("package:"), model.gguf_file)
-    local = _local_copy(model.path, cache_dir)
+    local = _local_copy(model.path, cache_dir, lambda names: _kept(names, model))
     return _entry(local, model.gguf_file) if local else _from_hub(model.path, model)
 
 
 def locate_tokenizer(path: str, cache_dir: Path) -> Path:
     """Folder of a tokenizer that does not come with the model; `path` as in `locate_model`. Raises JobError."""
-    local = _local_copy(path, cache_dir) or _from_hub(path, Model(path=path, random_weights=True))
+    local = _local_copy(path, cache_dir, lambda _: _TEXT_FILES) or _from_hub(
+        path, Model(path=path, random_weights=True)
+    )
     return local / "model" if (local / "model" / "tokenizer_config.json").exists() else local
 
 
@@ -50,10 +53,12 @@ def is_hub_id(path: str) -> bool:
     return not special and bool(_HUB_ID.match(path)) and not Path(path).exists()
 
 
-def _local_copy(where: str, cache_dir: Path) -> Path | None:
-    """The local path that `where` names, fetched from s3 if need be; None for a hub id."""
+def _local_copy(
+    where: str, cache_dir: Path, patterns: Callable[[Sequence[str]], Sequence[str]]
+) -> Path | None:
+    """The local path that `where` names, None for a hub id. From s3 what `patterns(names there)` match is fetched."""
     if "://" in where and not where.startswith("file://"):
-        return _from_store(where, cache_dir)
+        return _from_store(where, cache_dir, patterns)
     local = Path(where.removeprefix("file://")).expanduser()
     if local.exists():
         return local
@@ -94,15 +99,18 @@ def _entry(path: Path, gguf_file: str | None) -> Path:
 
 
 def _gguf(folder: Path, name: str | None) -> Path:
-    there = sorted(p.name for p in folder.glob("*.gguf"))
+    return folder / _chosen_gguf(str(folder), sorted(p.name for p in folder.glob("*.gguf")), name)
+
+
+def _chosen_gguf(where: str, there: Sequence[str], name: str | None) -> str:
     if name is None and len(there) == 1:
-        return folder / there[0]
-    if name in there:
-        return folder / name
+        return there[0]
+    if name is not None and name in there:
+        return name
     if not there:
-        raise JobError(f"{folder} holds no GGUF file.", "Correct model.path.")
+        raise JobError(f"{where} holds no GGUF file.", "Correct model.path.")
     what = f"no GGUF file {name!r}" if name else "several GGUF files"
-    raise JobError(f"{folder} holds {what}.", f"Set model.gguf_file to one of: {', '.join(there)}.")
+    raise JobError(f"{where} holds {what}.", f"Set model.gguf_file to one of: {', '.join(there)}.")
 
 
 def _in_package(name: str, gguf_file: str | None) -> Path:
@@ -117,16 +125,48 @@ def _in_package(name: str, gguf_file: str | None) -> Path:
     return _gguf(Path(folders[0]), gguf_file)
 
 
-def _from_store(uri: str, cache_dir: Path) -> Path:
+def _from_store(uri: str, cache_dir: Path, patterns: Callable[[Sequence[str]], Sequence[str]]) -> Path:
     parent, _, name = uri.rstrip("/").rpartition("/")
     if parent.endswith(":/"):
         raise JobError(f"{uri} names a bucket, not a model in it.", "Write s3://BUCKET/PREFIX.")
     if open_store(uri).exists("model/config.json"):
         parent, name = f"{parent}/{name}", "model"
     store = open_store(parent)
-    if not store.exists(name) and not store.list(name):
+    if store.exists(name):
+        return node_cache(store, name, cache_dir)
+    names = [entry.key.removeprefix(f"{name}/") for entry in store.list(name)]
+    if not names:
         raise JobError(f"There is no model at {uri}.", "Check bucket and prefix; it must hold config.json.")
-    return node_cache(store, name, cache_dir / "downloads")
+    try:
+        wanted = patterns(names)
+    except JobError as error:
+        raise JobError(f"{uri}: {error.message}", error.remedy) from None
+
+    def keep(path: str) -> bool:
+        return any(fnmatch(path, p) for p in wanted) and not any(fnmatch(path, p) for p in _NOT_OURS)
+
+    return node_cache(store, name, cache_dir, keep=keep)
+
+
+def _kept(names: Sequence[str], model: Model) -> Sequence[str]:
+    """Patterns of the files of a remote folder that the model needs; what else lies there is not fetched."""
+    there = [name for name in names if "/" not in name]
+    gguf = sorted(name for name in there if name.endswith(".gguf"))
+    if model.gguf_file or (gguf and "config.json" not in there):
+        return [*_TEXT_FILES, _chosen_gguf("the prefix", gguf, model.gguf_file)]
+    if "config.json" not in there:
+        if "adapter_config.json" in there:
+            raise JobError(
+                "this is an adapter without its base model.",
+                "Export the run merged (`rayft export RUN --merge`), or give the base model.",
+            )
+        if any(name.startswith("checkpoints/") for name in names):
+            raise JobError("this run has no exported model.", "Run `rayft export` on it first.")
+        raise JobError("this holds no model: no config.json.", "Give a prefix in Hugging Face format.")
+    if model.random_weights:
+        return _TEXT_FILES
+    safetensors = any(name.endswith(".safetensors") and not name.startswith("adapter_") for name in there)
+    return [*_TEXT_FILES, "*.safetensors" if safetensors else "*.bin"]
 
 
 def _from_hub(repository: str, model: Model) -> Path:

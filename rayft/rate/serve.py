@@ -107,7 +107,7 @@ def _items(folder: Path, source: Source, console: Console) -> list[Item]:
         if given:
             console.print(f"{folder} has its items already; {given} is not read again.")
         return load_items(folder)
-    cache_dir = node_cache_dir() / "data"
+    cache_dir = node_cache_dir()
     if source.answers:
         items = read_answers(source.answers, cache_dir=cache_dir, limit=source.limit)
     elif source.prompts and source.models:

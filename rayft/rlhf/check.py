@@ -22,7 +22,7 @@ def check_job(job: Job, *, samples: int = 3) -> int:
     console, node_dir = Console(), node_cache_dir()
     chat = ChatTokenizer(load_tokenizer(resolve_model(job.model, node_dir), job.model))
     longest = job.data.max_length - job.rollout.max_new_tokens
-    prompts = PromptSet(job.data, chat, seed=job.seed, longest=longest, node_dir=node_dir / "data")
+    prompts = PromptSet(job.data, chat, seed=job.seed, longest=longest, node_dir=node_dir)
     for source in job.rewards:
         if source.type == "function":
             load_function(source.path)

@@ -91,7 +91,7 @@ def prepare(job: Job, run_uri: str, owner: dict[str, Any], say: Callable[[str], 
         ChatTokenizer(tokenizer),
         seed=job.seed,
         longest=job.data.max_length - job.rollout.max_new_tokens,
-        node_dir=node_dir / "data",
+        node_dir=node_dir,
     )
     prompts.take(0, 1)  # refuses what no prompt fits into before anything starts
     for source in job.rewards:

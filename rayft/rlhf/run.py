@@ -83,7 +83,7 @@ class Driver:
         self._held_out: HeldOut | None = None
         if self.job.data.eval:
             chat = prepared.prompts.chat
-            self._held_out = HeldOut(self.plan, chat, store, node_cache_dir() / "data")
+            self._held_out = HeldOut(self.plan, chat, store, node_cache_dir())
 
     def ask_to_stop(self, reason: str) -> None:
         """Save and end at the next border between phases."""

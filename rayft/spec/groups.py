@@ -38,7 +38,8 @@ class Model(Group):
     )
     tokenizer: str | None = Field(None, description="Where the tokenizer comes from, if not from the model.")
     chat_template: str | None = Field(
-        None, description="A Jinja file that replaces the tokenizer's chat template; saved with the model."
+        None,
+        description="A Jinja file, local or s3://, that replaces the tokenizer's chat template; saved with the model.",
     )
     random_weights: bool = Field(
         False, description="Build the model from its config alone with random weights (tests and benchmarks)."
@@ -399,7 +400,8 @@ class Suite(Group):
     limit: PositiveInt | None = None
     max_new_tokens: PositiveInt = 128
     schema_path: str | None = Field(
-        None, description="JSON schema that answers of a `json` suite must satisfy."
+        None,
+        description="File, local or s3://, with a JSON schema that answers of a `json` suite must satisfy.",
     )
     refusal: str | None = Field(
         None, description="`qa`: the exact sentence that says the context holds no answer."

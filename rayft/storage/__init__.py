@@ -11,9 +11,13 @@ store promises:
   cannot (denied, full, missing bucket) fails at once. Either way the `StorageError` names the URI, the
   operation and a remedy.
 - Prefixes are folders: `list("step-4")` never returns `step-40/…`.
+
+The node cache (`cache`) keeps one copy per machine of what a remote store has, within a bound in bytes; `cache_folder` says
+what lies in it and what may go, `cache_marks` who uses what, `cache_fetch` how it is downloaded, `cache_record` how damage
+is found.
 """
 
-from rayft.storage.cache import node_cache, node_cache_dir
+from rayft.storage.cache import Held, cache_at, hold, hold_file, made, node_cache, node_cache_dir
 from rayft.storage.local import LocalStore
 from rayft.storage.retry import RetryPolicy
 from rayft.storage.store import DamagedObject, Data, Entry, ObjectNotFound, Store, open_store
@@ -22,10 +26,15 @@ __all__ = [
     "DamagedObject",
     "Data",
     "Entry",
+    "Held",
     "LocalStore",
     "ObjectNotFound",
     "RetryPolicy",
     "Store",
+    "cache_at",
+    "hold",
+    "hold_file",
+    "made",
     "node_cache",
     "node_cache_dir",
     "open_store",

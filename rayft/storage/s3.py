@@ -8,12 +8,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rayft.errors import StorageError
 from rayft.storage import s3_errors
+from rayft.storage.kept_checksum import KeptChecksum, of_answer
 from rayft.storage.local import LocalStore
 from rayft.storage.retry import RetryPolicy, with_retries
 from rayft.storage.store import (
@@ -22,6 +24,7 @@ from rayft.storage.store import (
     Entries,
     Entry,
     Keys,
+    ObjectChanged,
     ObjectNotFound,
     Store,
     checked_key,
@@ -117,6 +120,22 @@ class S3Store(Store):
         out = out.cast("B")
         pieces = [(at, out[at : at + self.part_bytes]) for at in range(0, len(out), self.part_bytes)]
         self._parallel(lambda piece: self._read_piece(key, start + piece[0], piece[1]), pieces)
+
+    def read_piece(self, entry: Entry, start: int, out: memoryview) -> None:
+        self._read_piece(entry.key, start, out.cast("B"), entry.version)
+
+    def kept_checksum(self, entry: Entry) -> KeptChecksum | None:
+        head = self._request("Looking at", entry.key, "head_object", ChecksumMode="ENABLED")
+        if _version(head) != entry.version:
+            raise self._changed(entry.key)
+        found = of_answer(head, entry.version)
+        if found is None or "-" not in found.value:
+            return found
+        part = self._request("Looking at", entry.key, "head_object", PartNumber=1)
+        parts, part_bytes = int(found.value.rpartition("-")[2]), part["ContentLength"]
+        if -(-entry.size // max(part_bytes, 1)) != parts:
+            return None  # parts of several sizes, or a service that does not tell them
+        return replace(found, part_bytes=part_bytes)
 
     def upload(self, path: Path, key: str) -> None:
         size = path.stat().st_size
@@ -224,25 +243,40 @@ class S3Store(Store):
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _read_piece(self, key: str, start: int, out: memoryview) -> None:
+    def _read_piece(self, key: str, start: int, out: memoryview, version: str = "") -> None:
+        """One range. With `version` only of that one, and an answer that is too short is no end of the object."""
         from botocore.exceptions import ClientError
+
+        only = {"IfMatch": f'"{version}"'} if version else {}
 
         def fetch(_: int) -> None:
             try:
                 response = self.client.get_object(
-                    **self._at(key), Range=f"bytes={start}-{start + len(out) - 1}"
+                    **self._at(key), Range=f"bytes={start}-{start + len(out) - 1}", **only
                 )
             except ClientError as error:
-                if s3_errors.code_and_status(error)[1] == 416:
+                status = s3_errors.code_and_status(error)[1]
+                if status == 412 or (version and status == 416):
+                    raise self._changed(key) from error
+                if status == 416:
                     raise truncated(self.where(key), start, len(out), 0) from error
                 raise
-            if response["ContentLength"] != len(out):
-                raise truncated(self.where(key), start, len(out), response["ContentLength"])
+            got = response["ContentLength"]
+            if got != len(out):
+                if version:
+                    raise s3_errors.Passing(f"{got} bytes instead of {len(out)} from offset {start}")
+                raise truncated(self.where(key), start, len(out), got)
             body, done = response["Body"], 0
             while done < len(out):
-                done += body.readinto(out[done:])  # raises where the body ends before its length
+                count = body.readinto(out[done:])  # raises where the body ends before its length
+                if not count:
+                    raise s3_errors.Passing(f"the body ended after {done} of {len(out)} bytes")
+                done += count
 
         self._call("Reading", key, fetch)
+
+    def _changed(self, key: str) -> ObjectChanged:
+        return ObjectChanged(f"{self.where(key)} was overwritten while it was read.", "Start again.")
 
     def _put_multipart(self, key: str, total: int, parts: Sequence[Callable[[], bytes]]) -> None:
         """Upload the parts that the callables give; the object appears when all are there, or not at all."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from rayft.errors import JobError, StorageError
+from rayft.storage.kept_checksum import KeptChecksum
 from rayft.storage.retry import RetryPolicy
 
 Data = bytes | bytearray | memoryview
@@ -21,6 +22,10 @@ class ObjectNotFound(StorageError):
 
 class DamagedObject(StorageError):
     """The storage answers, but what it holds is not what was written: too short, or altered."""
+
+
+class ObjectChanged(StorageError):
+    """The object is no longer the version that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Store(ABC):
     """
 
     uri: str
+    #: Requests that go well at once.
+    parallel: int = 8
 
     @abstractmethod
     def child(self, *parts: str) -> Store:
@@ -105,6 +112,17 @@ class Store(ABC):
         out = bytearray(length)
         self.read_into(key, start, memoryview(out))
         return bytes(out)
+
+    def read_piece(self, entry: Entry, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of `entry` from `start`, in one request.
+
+        Raises `ObjectChanged` where the store tells that the object is no longer of the entry's version.
+        """
+        self.read_into(entry.key, start, out)
+
+    def kept_checksum(self, entry: Entry) -> KeptChecksum | None:
+        """The checksum that the store keeps with the object, or None. Raises `ObjectChanged`."""
+        return None
 
     def exists(self, key: str) -> bool:
         """Whether the object exists."""

@@ -137,7 +137,7 @@ def measure_suites(worker: Worker, when: str) -> None:
         gather=setup.gather,
         keep_samples=samples.__setitem__,
         keep_details=details.__setitem__,
-        cache_dir=node_cache_dir() / "data",
+        cache_dir=node_cache_dir(),
     )
     learner.module.train()
     if worker.rank == 0:

@@ -66,7 +66,7 @@ def proof_prompts(tokenizer: Any, job: Job, count: int = 8) -> list[list[int]]:
     from rayft.data.read import open_tables, read_rows
     from rayft.data.template import ChatTokenizer
 
-    node_dir = node_cache_dir() / "data"
+    node_dir = node_cache_dir()
     if job.reinforced:
         source = job.data.train[0]
         table = open_tables(source, every=count, node_dir=node_dir)[0]

@@ -24,7 +24,7 @@ def check_job(job: Job, *, samples: int = 3) -> int:
 
     files = resolve_model(job.model, node_cache_dir())
     tokenizer = ChatTokenizer(load_tokenizer(files, job.model), job.data.loss_on)
-    findings = check(job, tokenizer, node_dir=node_cache_dir() / "data", samples=samples)
+    findings = check(job, tokenizer, node_dir=node_cache_dir(), samples=samples)
     render(findings, Console())
     if findings.errors:
         first = findings.errors[0]
@@ -85,7 +85,7 @@ def evaluate_model(job: Job, model: str | None) -> int:
     else:
         module, tokenizer = load_model(where, cache_dir=node_cache_dir())
         engine = TransformersEngine(module.eval(), tokenizer, batch_size=batch_size)
-    results = run_suites(job.eval.suites, engine, tokenizer, cache_dir=node_cache_dir() / "data")
+    results = run_suites(job.eval.suites, engine, tokenizer, cache_dir=node_cache_dir())
     Console().print(suites_table(suite_results(store, "before"), results, job.eval.suites))
     return 0
 
@@ -101,7 +101,7 @@ def score_file(models: Sequence[str], data: str, out: str) -> int:
         raise JobError(f"{out} exists already.", "Choose another name for --out, or remove it.")
     loaded = [load_score_model(model, cache_dir=node_cache_dir()) for model in models]
     engines = [(ScoreEngine(model), tokenizer) for model, tokenizer in loaded]
-    rows = score_rows(data, engines, cache_dir=node_cache_dir() / "data")
+    rows = score_rows(data, engines, cache_dir=node_cache_dir())
     count = write_scores(rows, Path(out))
     Console().print(f"{count} rows with their scores are in {out}.")
     return 0

@@ -137,7 +137,7 @@ def prepare(
     tokenizer = ChatTokenizer(load_tokenizer(files, job.model), job.data.loss_on)
     began = time.monotonic()
     look = functools.partial(
-        plan_cache, data=job.data, tokenizer=tokenizer, node_dir=node_dir / "data", allowed=layouts_of(job)
+        plan_cache, data=job.data, tokenizer=tokenizer, node_dir=node_dir, allowed=layouts_of(job)
     )
     spec = look(job.data.train)
     eval_spec = look(job.data.eval) if job.data.eval else None
@@ -156,8 +156,8 @@ def prepare(
         eval_shards.wait()
         refuse_empty(eval_spec, [eval_shards.infos[i] for i in range(len(eval_spec.shards))])
     if spec.compares and job.data.contradictions == "error":
-        corpus = Corpus(spec, open_store(cache_uri), node_dir=node_dir / "data")
-        refuse_contradictions(spec, corpus, node_dir=node_dir / "data")
+        corpus = Corpus(spec, open_store(cache_uri), node_dir=node_dir)
+        refuse_contradictions(spec, corpus, node_dir=node_dir)
     say(f"data: {describe(shards.infos.values(), spec)} in {time.monotonic() - began:.1f} s")
     total = _total_steps(job, spec, order, cache_uri, packed, end)
     every = job.checkpoint.every_steps or max(1, min(500, total // 10))
@@ -284,7 +284,7 @@ def _total_steps(
         return job.train.max_steps
     if job.train.global_batch_size:
         return math.ceil(end / job.train.global_batch_size)
-    corpus = Corpus(spec, open_store(cache_uri), node_dir=node_cache_dir() / "data")
+    corpus = Corpus(spec, open_store(cache_uri), node_dir=node_cache_dir())
     position, steps = 0, 0
     while True:
         plan = plan_step(
@@ -297,7 +297,7 @@ def _total_steps(
 
 def _prepare(spec: CacheSpec, index: int, cache_uri: str) -> ShardInfo:
     """One tokenising task."""
-    return prepare_shard(spec, index, open_store(cache_uri), node_dir=node_cache_dir() / "data")
+    return prepare_shard(spec, index, open_store(cache_uri), node_dir=node_cache_dir())
 
 
 def _result(ref: Any) -> ShardInfo:

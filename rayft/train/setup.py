@@ -131,7 +131,7 @@ def _base_model(job: Job, files: ModelFiles, dtype: torch.dtype, stage: int, dev
 
 def open_corpus(plan: RunPlan, spec: CacheSpec, on_wait: Callable[[], bool] | None = None) -> Corpus:
     """The tokenised rows as this node sees them."""
-    return Corpus(spec, open_store(plan.cache_uri), node_dir=node_cache_dir() / "data", on_wait=on_wait)
+    return Corpus(spec, open_store(plan.cache_uri), node_dir=node_cache_dir(), on_wait=on_wait)
 
 
 def order_of(plan: RunPlan) -> Order:

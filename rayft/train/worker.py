@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -353,13 +351,11 @@ class Worker:
 
     def _resume(self) -> None:
         # The node's copy of a remote checkpoint, for all its ranks and only until they have loaded it.
-        digest = hashlib.sha256(self.plan.run_uri.encode()).hexdigest()
-        cache_dir = node_cache_dir() / "checkpoints" / digest[:32]
-        reader = CheckpointReader(self.store, self.resumed_step, cache_dir=cache_dir)
+        reader = CheckpointReader(self.store, self.resumed_step, cache_dir=node_cache_dir())
         state = reader.state
         self.learner.load(reader, state["optimizer_step"])
         dist.barrier()
-        shutil.rmtree(cache_dir, ignore_errors=True)
+        reader.discard_copies()
         self.step, self.position = reader.manifest.step, state["position"]
         self.saved_step = self.step
         self.tokens, self.trained_tokens = state["tokens"], state["trained_tokens"]

@@ -76,6 +76,7 @@ def test_any_range_from_any_split(tmp_path_factory: pytest.TempPathFactory, data
 def test_reading_a_remote_checkpoint_by_ranges_and_through_the_node_cache(
     s3_bucket: str, s3_proxy: FaultyProxy, tmp_path: Path
 ) -> None:
+    from rayft.storage import cache_at
     from rayft.storage.s3 import S3Store
 
     store = S3Store(s3_bucket, "runs/one")
@@ -97,9 +98,12 @@ def test_reading_a_remote_checkpoint_by_ranges_and_through_the_node_cache(
         cached = CheckpointReader(store, 3, cache_dir=tmp_path)
         for _ in range(2):
             np.testing.assert_array_equal(cached.read("w"), values)
-    assert s3_proxy.hits == {
-        "slow": 4
-    }  # each reader looks once at the object; it is sized and downloaded once
+    # Each reader looks once at the object; it is downloaded, and held against its checksum, once.
+    assert s3_proxy.hits == {"slow": 4}
+    (entry,) = cache_at(tmp_path).folder.survey()
+    assert entry.users == 1
+    cached.discard_copies()
+    assert cache_at(tmp_path).folder.survey() == [], "a checkpoint that was loaded is not wanted again"
     assert latest(store) == 3
 
 

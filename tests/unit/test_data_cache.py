@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import subprocess
@@ -20,7 +21,7 @@ from rayft.data.formats import Text
 from rayft.data.template import ChatTokenizer
 from rayft.errors import DataError, StorageError, WorkerError
 from rayft.spec import Data, Source
-from rayft.storage import LocalStore, ObjectNotFound, open_store
+from rayft.storage import LocalStore, ObjectNotFound, cache_at, open_store
 from tests.shared import ROOT, shared_data
 from tests.tiny_data import FAMILIES, byte_tokenizer, chat_rows, corpus_of, family_tokenizer, write_jsonl
 
@@ -241,6 +242,13 @@ def test_the_cache_and_the_data_in_s3(s3_bucket: str, tmp_path: Path) -> None:
         prepare_shard(spec, i, cache, node_dir=tmp_path / "node")
     corpus = Corpus(spec, cache, node_dir=tmp_path / "node")
     assert [len(corpus.documents(r)) for r in range(6)] == [1] * 6
+    # On the node: the file of rows, which has been read, and the shards, in use until nobody has them mapped.
+    node = cache_at(tmp_path / "node").folder
+    users = {entry.what.removeprefix(f"{root}/").partition("/")[0]: entry.users for entry in node.survey()}
+    assert users == {"set": 0, "cache": 1}
+    del corpus
+    gc.collect()
+    assert [entry.users for entry in node.survey()] == [0, 0, 0]
     with pytest.raises(DataError, match=r"There is no object s3://.*/no\.jsonl"):
         keys_of(data_of(Source(path=f"{root}/no.jsonl")), tokenizer, tmp_path)
 

@@ -17,6 +17,7 @@ from rayft.evals.run import run_suites
 from rayft.generate.engine import Scored
 from rayft.generate.hf import TransformersEngine
 from rayft.spec import Suite
+from rayft.storage import open_store
 from tests.shared import shared_data
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -347,7 +348,7 @@ def test_bad_rows_are_named(kind: str, row: dict[str, Any], message: str, tmp_pa
     assert f"{kind}.jsonl" in str(caught.value)
 
 
-def test_bad_schemas_are_named(tmp_path: Path) -> None:
+def test_bad_schemas_are_named(tmp_path: Path, s3_bucket: str) -> None:
     rows = [chat_row("q", '{"n": 1}')]
     with pytest.raises(JobError, match=r"none\.json cannot be read"):
         measured(Given(), suite(tmp_path, "json", rows, schema_path=str(tmp_path / "none.json")), tmp_path)
@@ -358,6 +359,12 @@ def test_bad_schemas_are_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(SCHEMA))
     with pytest.raises(DataError, match="line 1: the reference answer breaks"):
         measured(Given(), suite(tmp_path, "json", rows, schema_path=str(path)), tmp_path)
+    remote = f"s3://{s3_bucket}/schemas/schema.json"
+    with pytest.raises(JobError, match=r"schema\.json cannot be read: .* does not exist"):
+        measured(Given(), suite(tmp_path, "json", rows, schema_path=remote), tmp_path)
+    open_store(f"s3://{s3_bucket}/schemas").upload(path, "schema.json")
+    with pytest.raises(DataError, match="line 1: the reference answer breaks"):
+        measured(Given(), suite(tmp_path, "json", rows, schema_path=remote), tmp_path)
 
 
 def test_limit_takes_rows_from_the_whole_file(tmp_path: Path) -> None:

@@ -11,14 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayft.errors import JobError, ResourceError
+from rayft.errors import JobError
 from rayft.model import ModelFiles, load_config, load_tokenizer, resolve_model
-from rayft.model.convert import converted
 from rayft.spec import Model
 from rayft.storage import open_store
 from tests.hub import serve_hub
@@ -91,21 +89,13 @@ def test_pickled_weights_are_converted_once(tmp_path: Path, resolve: Callable[..
     (source / "model.safetensors").unlink()
     torch.save(tiny_model().state_dict(), source / "pytorch_model.bin")
     files = resolve(source)
-    assert files.folder == tmp_path / "cache" / "models" / files.identity
+    assert files.folder == tmp_path / "cache" / "entries" / f"model-{files.identity}" / "content"
     loaded = AutoModelForCausalLM.from_pretrained(files.folder)
     for name, parameter in tiny_model().named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter)
     stamp = files.weights[0].stat().st_mtime_ns
     assert resolve(source) == files
     assert files.weights[0].stat().st_mtime_ns == stamp
-
-
-def test_waiting_for_another_conversion_ends(tmp_path: Path) -> None:
-    with (
-        filelock.FileLock(tmp_path / "target.lock"),
-        pytest.raises(ResourceError, match="to convert"),
-    ):
-        converted(tmp_path / "source", tmp_path / "target", lock_timeout_s=0.1)
 
 
 @pytest.mark.slow
@@ -146,6 +136,41 @@ def test_s3_models_come_through_the_node_cache(
     assert resolve(f"s3://{s3_bucket}/runs/one").folder == files.folder, "a run folder stands for its model"
     with pytest.raises(JobError, match="no model at s3://"):
         resolve(f"s3://{s3_bucket}/runs/two")
+
+
+def test_of_an_s3_prefix_only_what_the_model_needs_is_fetched(
+    tmp_path: Path, s3_bucket: str, resolve: Callable[..., ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = save_tiny(tmp_path / "a")
+    prefix = open_store(f"s3://{s3_bucket}/models/a")
+    for file in local.iterdir():
+        prefix.upload(file, file.name)
+    for name in ("pytorch_model.bin", "original/consolidated.safetensors", "onnx/model.onnx", "film.mp4"):
+        prefix.put(name, b"the same weights, or nothing to do with them")
+    uri = f"s3://{s3_bucket}/models/a"
+    files = resolve(uri)
+    names = {path.name for path in files.folder.rglob("*")}
+    assert names == {path.name for path in local.iterdir()}
+    config = resolve(uri, random_weights=True).folder
+    assert (config / "config.json").exists()
+    assert not list(config.glob("*.safetensors")), "for a plan the weights stay where they are"
+    assert (resolve(local, tokenizer=uri).tokenizer / "tokenizer_config.json").exists()
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path / "cache"))
+    prefix.put("template.jinja", b"{{ messages }}")
+    template = load_tokenizer(files, model(uri, chat_template=f"{uri}/template.jinja")).chat_template
+    assert template == "{{ messages }}"
+    adapter = open_store(f"s3://{s3_bucket}/models/b")
+    adapter.put("adapter_config.json", b"{}")
+    with pytest.raises(JobError, match="models/b: this is an adapter without its base model"):
+        resolve(f"s3://{s3_bucket}/models/b")
+    adapter.put("film.mp4", b"x")
+    adapter.delete(["adapter_config.json"])
+    with pytest.raises(JobError, match=r"models/b: this holds no model: no config\.json"):
+        resolve(f"s3://{s3_bucket}/models/b")
+    adapter.put("one.gguf", b"x")
+    adapter.put("two.gguf", b"x")
+    with pytest.raises(JobError, match="several GGUF files"):
+        resolve(f"s3://{s3_bucket}/models/b")
 
 
 _FROM_HUB = """

@@ -22,6 +22,7 @@ from rayft.model.load import build_model
 from rayft.model.score import ScoreHead, forward_scores, install_score_head
 from rayft.model.weights import new_score
 from rayft.spec import Job, parse_job
+from rayft.storage import open_store
 from tests.tiny import FAMILIES, save_tiny, tiny_tokenizer
 from tests.unit.test_model_export import checkpoint, trained
 
@@ -103,7 +104,9 @@ def test_the_head_computes_in_fp32_beside_bf16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adapter", [{}, {"type": "lora", "lora_r": 4}], ids=["full", "lora"])
-def test_a_reward_model_is_saved_and_loaded_with_its_head(adapter: dict[str, Any], tmp_path: Path) -> None:
+def test_a_reward_model_is_saved_and_loaded_with_its_head(
+    adapter: dict[str, Any], tmp_path: Path, s3_bucket: str
+) -> None:
     """Exported apart and merged: rayft's loader and transformers give the scores of the model that was trained."""
     job = job_of(save_tiny(tmp_path / "model"), adapter=adapter, reward={"heads": 2})
     reader, module = checkpoint_of(job, tmp_path)
@@ -114,10 +117,14 @@ def test_a_reward_model_is_saved_and_loaded_with_its_head(adapter: dict[str, Any
     for merge in (False, True):
         out = tmp_path / f"out-{merge}"
         report = export_model(reader, files, job, out, merge=merge, dtype=torch.float32, prompts=prompts)
-        loaded, _ = load_score_model(
-            str(out), cache_dir=tmp_path / "cache", device="cpu", dtype=torch.float32
-        )
-        np.testing.assert_allclose(ScoreEngine(loaded).rate(DOCUMENTS), expected, rtol=1e-5, atol=1e-5)
+        remote = open_store(f"s3://{s3_bucket}/run-{merge}/model")
+        for file in out.iterdir():
+            remote.upload(file, file.name)
+        for where in (str(out), f"s3://{s3_bucket}/run-{merge}"):
+            loaded, _ = load_score_model(
+                where, cache_dir=tmp_path / "cache", device="cpu", dtype=torch.float32
+            )
+            np.testing.assert_allclose(ScoreEngine(loaded).rate(DOCUMENTS), expected, rtol=1e-5, atol=1e-5)
         if adapter and merge:
             assert report.proof is not None
             assert report.proof.merge_error < 1e-5
