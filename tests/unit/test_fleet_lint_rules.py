@@ -169,6 +169,13 @@ CASES: list[tuple[str, Docs]] = [
     ("label", job({"metadata/labels": {"team": "research and development"}})),
     ("label", job({"group/template/metadata": {"labels": {"team": "x" * 64}}})),
     ("duplicate", [good(), good()]),
+    (
+        "other-namespace",
+        [
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "job"}, "data": {}},
+            patched({"headpod/volumes": [{"name": "job", "configMap": {"name": "job"}}]}),
+        ],
+    ),
     ("secret-in-env", job({"ray/env/1": {"name": "HF_TOKEN", "value": "abcdefgh"}})),
     ("secret-in-env", job({"headray/env/1": {"name": "SOME_SETTING", "value": "hf_" + "a" * 34}})),
     ("secret-in-env", job({"ray/env/1": {"name": "DATABASE", "value": "postgres://me:hunter22@db/x"}})),
@@ -187,6 +194,7 @@ CASES: list[tuple[str, Docs]] = [
     ("privileged", job({"ray/securityContext/allowPrivilegeEscalation": True})),
     ("privileged", job({"pod/hostNetwork": True})),
     ("privileged", job({"pod/volumes": [{"name": "root", "hostPath": {"path": "/"}}]})),
+    ("host-path", job({"pod/volumes": [{"name": "cache", "hostPath": {"path": "/mnt/nvme/cache"}}]})),
     ("root", job({"pod/securityContext/runAsUser": 0})),
     ("root", job({"headpod/securityContext/runAsNonRoot": False})),
     ("hardening", job({"pod/securityContext/runAsNonRoot": None})),

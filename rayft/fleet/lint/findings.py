@@ -104,6 +104,15 @@ class Report:
     documents: list[Document] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    #: CEL rules that compare with an older object, and were skipped.
+    transitions: int = 0
+
+    def add(self, other: Report) -> None:
+        """Take the findings of other documents over."""
+        self.documents += other.documents
+        self.findings += other.findings
+        self.notes += [note for note in other.notes if note not in self.notes]
+        self.transitions += other.transitions
 
     @property
     def errors(self) -> list[Finding]:

@@ -21,6 +21,7 @@ _SUFFIXES = (".yaml", ".yml", ".json")
 
 #: More than any manifest has; what aliases of YAML multiply is counted as often as it is there.
 _MOST_NODES = 1_000_000
+_MOST_DEPTH = 100
 _MOST_BYTES = 64 << 20
 
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -63,8 +64,7 @@ def parse(text: str, source: str) -> list[Document]:
     for index, value in enumerate(values, 1):
         if value is None:
             continue  # nothing between two `---`
-        if _nodes(value) > _MOST_NODES:
-            raise JobError(f"{source} grows beyond all bounds by its YAML aliases.", "Write it out.")
+        _refuse_monsters(value, source)
         found += [_document(each, source, index) for each in _members(value)]
     if not found:
         raise JobError(f"{source} holds no Kubernetes object.", "Name a manifest.")
@@ -96,36 +96,42 @@ def _document(value: Any, source: str, index: int) -> Document:
     return Document(value, source, index)
 
 
-def _nodes(value: Any) -> int:
-    """How many values there are, counting what is referred to as often as it is; a loop counts as too many."""
+def _refuse_monsters(value: Any, source: str) -> None:
+    """Refuse what would take for ever: aliases that multiply, contain themselves, or nest beyond reason."""
     sizes: dict[int, int] = {}
-    open_: set[int] = set()
 
-    def count(each: Any) -> int:
+    def count(each: Any, depth: int) -> int:
+        """How many values there are, each as often as it is referred to."""
+        if depth > _MOST_DEPTH:  # a value within itself comes here too
+            raise JobError(f"{source} is nested too deeply.", "Manifests are not.")
         if not isinstance(each, dict | list):
             return 1
-        if id(each) in open_:
-            return _MOST_NODES + 1
         if id(each) not in sizes:
-            open_.add(id(each))
-            sizes[id(each)] = 1 + sum(map(count, each.values() if isinstance(each, dict) else each))
-            open_.discard(id(each))
+            parts = each.values() if isinstance(each, dict) else each
+            sizes[id(each)] = 1 + sum(count(part, depth + 1) for part in parts)
         return sizes[id(each)]
 
-    return count(value)
+    if count(value, 0) > _MOST_NODES:
+        raise JobError(f"{source} grows beyond all bounds by its YAML aliases.", "Write it out.")
 
 
-def read(paths: Iterable[str]) -> list[Document]:
-    """The objects in files, folders and `-` (stdin). A folder with a kustomization is built with kubectl."""
-    found: list[Document] = []
+def read(paths: Iterable[str]) -> list[list[Document]]:
+    """The objects in files, folders and `-` (stdin), in sets of what belongs together.
+
+    A folder with a kustomization is built with kubectl and is a set of its own; all the rest is one.
+    """
+    loose: list[Document] = []
+    sets = [loose]
     for path in paths:
         if path == "-":
-            found += parse(_decoded(sys.stdin.buffer.read(_MOST_BYTES), "stdin"), "stdin")
-        else:
-            for source in _sources(Path(path)):
-                text = _kustomized(source) if source.is_dir() else _decoded(_bytes(source), str(source))
-                found += parse(text, str(source))
-    return found
+            loose += parse(_decoded(sys.stdin.buffer.read(_MOST_BYTES), "stdin"), "stdin")
+            continue
+        for source in _sources(Path(path)):
+            if source.is_dir():
+                sets.append(parse(_kustomized(source), str(source)))
+            else:
+                loose += parse(_decoded(_bytes(source), str(source)), str(source))
+    return [each for each in sets if each]
 
 
 def _sources(path: Path) -> Iterator[Path]:

@@ -111,8 +111,7 @@ def _structure(document: Document, schemas: Schemas, report: Report) -> Iterator
         findings, expressions = check(document, schema)
         yield from findings
         transitions = sum(cel.transition(each) for _, each, _ in expressions)
-        if transitions:
-            _note(report, f"{document.title}: {transitions} CEL rules compare with an older object: skipped")
+        report.transitions += transitions
         if len(expressions) > transitions and not cel.available():
             _note(report, f"CEL rules of the schemas are not checked: {cel.INSTALL}")
         elif not findings:  # as an API server: expressions only of what fits the schema
@@ -140,11 +139,15 @@ def lint_files(paths: list[str], *, schemas: str | None = None, say: Callable[[s
         raise JobError(
             "rayft k8s lint needs a file.", "Name manifests, folders, or - for stdin; --rules lists rules."
         )
-    report = lint(read(paths), schemas=schemas or os.environ.get("RAYFT_SCHEMAS") or None)
+    report = Report()
+    for documents in read(paths):
+        report.add(lint(documents, schemas=schemas or os.environ.get("RAYFT_SCHEMAS") or None))
     for finding in report.findings:
         say(str(finding))
     for note in report.notes:
         say(f"note: {note}")
+    if report.transitions:
+        say(f"note: {report.transitions} CEL rules compare with an older object (oldSelf): skipped")
     counts = [f"{len(report.errors)} errors", f"{len(report.warnings)} warnings"]
     if report.silenced:
         names = ", ".join(sorted({finding.rule for finding in report.silenced}))

@@ -10,6 +10,7 @@ from rayft.fleet.lint.rules import (  # noqa: F401
     operator_cluster,
     operator_features,
     operator_job,
+    references,
     resources,
     secrets,
     security,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from rayft.fleet.lint.findings import Found, rule
 from rayft.fleet.lint.views import Cluster, Container, Pod, at, mapping, mappings
 
 _HOST = ("hostNetwork", "hostPID", "hostIPC")
+#: Paths whose owner owns the machine.
+_SYSTEM = re.compile(
+    r"/+($|(bin|boot|dev|etc|home|lib\w*|proc|root|run|sbin|sys|usr)(/|$)|var/(run|lib/(kubelet|docker|containerd))\b)"
+)
 _STANDARD = "Kubernetes, Pod Security Standards"
 
 
@@ -30,8 +35,10 @@ def privileged(pod: Pod) -> Iterator[Found]:
         if pod.spec.get(key) is True:
             yield Found(f"{pod.path}.spec.{key}", f"the pod shares the machine's namespaces: {key}", remedy)
     for place, volume in mappings(pod.spec.get("volumes")):
-        if "hostPath" in volume:
-            yield Found(f"{pod.path}.spec.volumes[{place}]", "the pod mounts a path of the machine", remedy)
+        if _SYSTEM.match(str(at(volume, "hostPath.path") or "")):
+            yield Found(
+                f"{pod.path}.spec.volumes[{place}]", "the pod mounts a path of the machine's system", remedy
+            )
     for container in pod.all_containers:
         path = f"{container.path}.securityContext"
         context = mapping(container.data.get("securityContext"))
@@ -47,6 +54,22 @@ def privileged(pod: Pod) -> Iterator[Found]:
                 else ""
             )
             yield Found(f"{path}.capabilities.add", what or "the container adds capabilities", remedy)
+
+
+@rule(
+    "host-path",
+    "pod",
+    severity="warning",
+    reason="A namespace with the baseline standard refuses the pod; what is there stays when the pod has gone, for the next",
+    source=f"{_STANDARD}, baseline",
+)
+def host_path(pod: Pod) -> Iterator[Found]:
+    """Pods keep what they write in volumes of their own."""
+    for place, volume in mappings(pod.spec.get("volumes")):
+        path = str(at(volume, "hostPath.path") or "")
+        if path and not _SYSTEM.match(path):
+            what = f"the pod mounts {path} of the machine"
+            yield Found(f"{pod.path}.spec.volumes[{place}]", what, "Use emptyDir, or a volume of local disks")
 
 
 @rule(
