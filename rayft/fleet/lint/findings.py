@@ -94,7 +94,9 @@ class Finding:
     def __str__(self) -> str:
         where = f"{self.document.source}#{self.document.index} {self.document.title}"
         level = f"silenced {self.severity}" if self.silenced else self.severity
-        return f"{where} {self.path}: {level} [{self.rule}] {self.what}. {self.remedy}."
+        line = f"{where} {self.path}: {level} [{self.rule}] {self.what}. {self.remedy}."
+        # Names come from the manifest: no line breaks, and nothing that a terminal obeys.
+        return "".join(letter if letter.isprintable() else " " for letter in line)
 
 
 @dataclass

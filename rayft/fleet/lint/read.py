@@ -93,6 +93,8 @@ def _document(value: Any, source: str, index: int) -> Document:
                 f"Document {index} of {source} is no Kubernetes object: it has no {key}.",
                 "Leave out files that are not manifests, such as values of a chart.",
             )
+    if value["apiVersion"].startswith("kustomize.config.k8s.io/"):
+        raise JobError(f"{source} is a kustomization, not what it builds.", "Name its folder.")
     return Document(value, source, index)
 
 
@@ -156,7 +158,7 @@ def _under(folder: Path) -> Iterator[Path]:
             # A component is part of those that name it, and is built with them.
             if not _is_component(path):
                 yield path
-        elif path.is_dir():
+        elif path.is_dir() and not path.is_symlink():
             yield from _under(path)
         elif path.suffix in _SUFFIXES:
             yield path
@@ -168,9 +170,8 @@ def _has_kustomization(folder: Path) -> bool:
 
 def _is_component(folder: Path) -> bool:
     files = [folder / name for name in _KUSTOMIZATIONS if (folder / name).is_file()]
-    return any(
-        line.split() == ["kind:", "Component"] for path in files for line in path.read_text().splitlines()
-    )
+    lines = [line for path in files for line in path.read_text(errors="replace").splitlines()]
+    return any(line.split() == ["kind:", "Component"] for line in lines)
 
 
 def _bytes(path: Path) -> bytes:

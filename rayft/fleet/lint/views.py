@@ -46,6 +46,11 @@ def at(value: object, path: str) -> Any:
     return value
 
 
+def texts(value: object) -> list[str]:
+    """The texts in a list; whatever else is there is left out."""
+    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+
+
 def integer(value: object) -> int | None:
     """A whole number, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
@@ -70,7 +75,7 @@ class Container:
 
     def resources(self, which: str) -> dict[str, Any]:
         """`requests` or `limits`."""
-        return mapping(at(self.data, f"resources.{which}"))
+        return {str(name): amount for name, amount in mapping(at(self.data, f"resources.{which}")).items()}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rayft.fleet.lint.findings import Document, Found, rule
 from rayft.fleet.lint.quantity import quantity
-from rayft.fleet.lint.views import at, cluster_of, mappings
+from rayft.fleet.lint.views import at, cluster_of, mappings, texts
 
 _WEBHOOK = "Kueue 0.19 clusterqueue_webhook.go"
 _KUEUE = "kueue.x-k8s.io"
@@ -31,7 +31,7 @@ def kueue_quota(document: Document) -> Iterator[Found]:
     flavors: set[str] = set()
     for place, group in mappings(document.spec.get("resourceGroups")):
         path = f"spec.resourceGroups[{place}]"
-        covered = [str(each) for each in group.get("coveredResources") or [] if isinstance(each, str)]
+        covered = texts(group.get("coveredResources"))
         twice = resources & set(covered) or {each for each in covered if covered.count(each) > 1}
         if twice:
             yield Found(
@@ -139,7 +139,7 @@ def covered(documents: list[Document]) -> Iterator[tuple[Document, Found]]:
         if not cluster or not queue:
             continue
         groups = mappings(queue.spec.get("resourceGroups"))
-        known = {str(name) for _, group in groups for name in group.get("coveredResources") or []}
+        known = {name for _, group in groups for name in texts(group.get("coveredResources"))}
         for group in cluster.groups:
             for container in group.pod.all_containers:
                 asked = {**container.resources("limits"), **container.resources("requests")}

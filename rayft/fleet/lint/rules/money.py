@@ -48,15 +48,16 @@ def retry(job: Job) -> Iterator[Found]:
 def _deletes(job: Job) -> bool:
     """Whether the cluster goes after success and after failure."""
     strategy = mapping(job.spec.get("deletionStrategy"))
-    ends = set()
+    ends = []
     for _, each in mappings(strategy.get("deletionRules")):
         condition = mapping(each.get("condition"))
         if each.get("policy") in ("DeleteCluster", "DeleteSelf"):
-            ends.add(condition.get("jobStatus"))
+            ends.append(condition.get("jobStatus"))
             # `jobDeploymentStatus: Failed` holds for a job that failed as well as for one that never came so far.
-            ends.add("FAILED" if condition.get("jobDeploymentStatus") == "Failed" else None)
-    legacy = {at(strategy, "onSuccess.policy"), at(strategy, "onFailure.policy")}
-    return {"SUCCEEDED", "FAILED"} <= ends or legacy <= {"DeleteCluster", "DeleteSelf"}
+            ends.append("FAILED" if condition.get("jobDeploymentStatus") == "Failed" else None)
+    legacy = [at(strategy, f"{key}.policy") for key in ("onSuccess", "onFailure")]
+    gone = ("DeleteCluster", "DeleteSelf")
+    return all(end in ends for end in ("SUCCEEDED", "FAILED")) or all(each in gone for each in legacy)
 
 
 @rule(

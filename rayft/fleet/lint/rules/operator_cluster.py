@@ -116,7 +116,7 @@ def autoscaler(cluster: Cluster) -> Iterator[Found]:
     if idle is not None and idle < 0:
         yield Found(f"{options}.idleTimeoutSeconds", "idleTimeoutSeconds is negative", "Write 0 or more")
     own = "KUBERAY_GEN_AUTOSCALER_START_CMD"
-    if own in {each.get("name") for _, each in mappings(at(cluster.spec, "autoscalerOptions.env"))}:
+    if own in [each.get("name") for _, each in mappings(at(cluster.spec, "autoscalerOptions.env"))]:
         yield Found(f"{options}.env", f"{own} is the operator's", "Leave it out")
 
 

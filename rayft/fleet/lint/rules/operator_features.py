@@ -71,7 +71,7 @@ def network_policy(cluster: Cluster) -> Iterator[Found]:
                 "Rename it",
             )
     for place, each in groups:
-        if each.get("groupName") not in names:
+        if str(each.get("groupName")) not in names:
             where = f"{path}.workerGroups[{place}].groupName"
             yield Found(where, f"there is no group {each.get('groupName')!r}", "Name a worker group")
 

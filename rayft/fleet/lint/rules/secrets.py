@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import yaml
 
 from rayft.fleet.lint.findings import Document, Found, rule
-from rayft.fleet.lint.views import Pod, cluster_of, job_of, mapping, mappings
+from rayft.fleet.lint.views import Pod, cluster_of, job_of, mapping, mappings, texts
 
 _NAME = re.compile(
     r"(^|[_\-.])(SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|PWD|API_?KEY|ACCESS_?KEY(_ID)?|SECRET_?KEY|PRIVATE_?KEY|"
@@ -57,7 +57,7 @@ def secret_in_env(pod: Pod) -> Iterator[Found]:
                     "Use valueFrom.secretKeyRef; for S3 a service account",
                 )
         for part in ("command", "args"):
-            if _VALUE.search(" ".join(map(str, container.data.get(part) or []))):
+            if _VALUE.search(" ".join(texts(container.data.get(part)))):
                 path = f"{container.path}.{part}"
                 yield Found(path, "the command holds a secret", "Take it from a variable with secretKeyRef")
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from rayft.fleet.lint.findings import Found, rule
-from rayft.fleet.lint.views import Cluster, Container, Pod, at, mapping, mappings
+from rayft.fleet.lint.views import Cluster, Container, Pod, at, mapping, mappings, texts
 
 _HOST = ("hostNetwork", "hostPID", "hostIPC")
 #: Paths whose owner owns the machine.
@@ -102,7 +102,7 @@ def hardening(pod: Pod) -> Iterator[Found]:
             missing.append("runAsNonRoot: true")
         if at(container.data, "securityContext.allowPrivilegeEscalation") is None:
             missing.append("allowPrivilegeEscalation: false")
-        if "ALL" not in (at(container.data, "securityContext.capabilities.drop") or []):
+        if "ALL" not in texts(at(container.data, "securityContext.capabilities.drop")):
             missing.append("capabilities.drop: [ALL]")
         if _security(pod, container, "seccompProfile") is None:
             missing.append("seccompProfile.type: RuntimeDefault")
