@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from rayft.fleet.lint.findings import Document, Found, structural
+from rayft.fleet.lint.messages import dotted, message
 from rayft.fleet.lint.views import Pod
 
 CORE = structural(
@@ -41,16 +42,9 @@ def check(data: dict[str, Any]) -> list[Found] | None:
     schema = _schema(name)
     if schema is None:
         return None
-    found = []
+    found: list[Found] = []
     for error in _validator(name).iter_errors(data):
-        for each in _deepest(error):
-            text = str(each.message)
-            message = (
-                text
-                if len(text) <= 200
-                else f"does not fit {each.validator}: {str(each.validator_value)[:120]}"
-            )
-            found.append(Found(_path(each.absolute_path), message, "Correct it"))
+        found += [Found(dotted(each.absolute_path), message(each), "Correct it") for each in _deepest(error)]
     return found
 
 
@@ -79,11 +73,6 @@ def _version(api_version: str) -> str:
     """As the files are called: `apps-v1`, `networking-v1`, `v1`."""
     group, _, version = api_version.rpartition("/")
     return f"{group.partition('.')[0]}-{version}" if group else version
-
-
-def _path(parts: Any) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
-    return text.removeprefix(".")
 
 
 @cache

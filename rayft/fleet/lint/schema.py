@@ -17,6 +17,7 @@ from typing import Any
 from rayft.errors import JobError
 from rayft.fleet.lint.findings import Document, Found, structural
 from rayft.fleet.lint.known import OBJECT_META, known_schema
+from rayft.fleet.lint.messages import dotted, message
 
 SCHEMA = structural(
     "schema",
@@ -98,8 +99,8 @@ def check(document: Document, schema: dict[str, Any]) -> tuple[list[tuple[str, F
     findings = [(UNKNOWN, found) for found in _walk(value, schema, "", rules)]
     validator = _validator()(schema, format_checker=_formats())
     for error in validator.iter_errors(value):
-        path = _path(error.absolute_path)
-        findings.append((SCHEMA, Found(path, _message(error), "Correct it")))
+        path = dotted(error.absolute_path)
+        findings.append((SCHEMA, Found(path, message(error), "Correct it")))
     return findings, rules
 
 
@@ -153,43 +154,6 @@ def _twice(value: list[Any], schema: dict[str, Any], path: str) -> Iterator[Foun
         if own in seen:
             yield Found(f"{path}[{place}]", "the list has it already", "Remove one")
         seen.append(own)
-
-
-def _path(parts: Any) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
-    return text.removeprefix(".")
-
-
-def _message(error: Any) -> str:
-    """What is wrong, without quoting a whole object."""
-    if error.validator == "required":
-        return str(error.message)
-    if error.validator == "type":
-        return f"must be {_named(error.validator_value)}, is {_named_of(error.instance)}"
-    if error.validator == "anyOf":
-        return "is neither a number nor a text"
-    text = str(error.message)
-    return text if len(text) <= 160 else f"does not fit {error.validator}: {str(error.validator_value)[:100]}"
-
-
-_NAMES = {"object": "a mapping", "array": "a list", "string": "a text", "integer": "a whole number"}
-_NAMES |= {"number": "a number", "boolean": "true or false", "null": "nothing"}
-
-
-def _named(kind: object) -> str:
-    return _NAMES.get(str(kind), str(kind))
-
-
-def _named_of(value: object) -> str:
-    kinds = [
-        (bool, "boolean"),
-        (dict, "object"),
-        (list, "array"),
-        (str, "string"),
-        (int, "integer"),
-        (float, "number"),
-    ]
-    return next((_NAMES[name] for kind, name in kinds if isinstance(value, kind)), "nothing")
 
 
 @cache

@@ -142,7 +142,7 @@ def label(document: Document) -> Iterator[Found]:
             ):
                 yield Found(
                     f"{path}.{key}",
-                    f"{value!r} is no value of a label",
+                    "key or value is none that a label may have",
                     "Use 63 letters, digits, -, _, . at most",
                 )
 
