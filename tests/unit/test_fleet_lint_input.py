@@ -133,7 +133,10 @@ INPUTS = {
     "an object of Python": (b"!!python/object/apply:os.system ['true']\n", "is not YAML"),
     "aliases without end": (BOMB.encode(), "grows beyond all bounds"),
     "a loop": (b"&a {apiVersion: v1, kind: Pod, spec: *a}\n", "is nested too deeply"),
-    "a kustomization": (b"apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n", "Name its folder"),
+    "a kustomization": (
+        b"apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n",
+        "Name its folder",
+    ),
     "deep": (b"[" * 5000 + b"]" * 5000, "is nested too deeply"),
 }
 
@@ -267,7 +270,13 @@ ODD: list[Any] = [None, True, -3, 1.5, "a\n\x1b[2J", [], {}, [[1]], [{"name": ["
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths of all values in a manifest."""
-    pairs = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    pairs = (
+        list(value.items())
+        if isinstance(value, dict)
+        else list(enumerate(value))
+        if isinstance(value, list)
+        else []
+    )
     return [path, *(place for key, each in pairs for place in places(each, (*path, key)))]
 
 
@@ -303,7 +312,9 @@ def test_no_value_anywhere_breaks_a_rule(monkeypatch: pytest.MonkeyPatch) -> Non
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 

@@ -172,3 +172,25 @@ def test_a_queue_has_room_for_the_run_that_waits_in_it(name: str) -> None:
     for group in cluster.groups:
         flavors = [each["name"] for each in resources["flavors"] if fits(each, labels[each["name"]], group)]
         assert flavors, group.name
+
+
+@pytest.mark.parametrize(("profile", "overlay"), [("cpu", "cpu"), ("gpu", "kueue"), ("aws-spot", "spot")])
+def test_fleet_profiles_name_what_is_there(profile: str, overlay: str) -> None:
+    """Namespace, account, queue, priorities and claim of a profile are those of its overlay."""
+    path = ROOT / "cluster" / "profiles" / f"{profile}.yaml"
+    if not path.is_file():
+        pytest.skip(f"there is no {path}")
+    data = yaml.safe_load(path.read_text())
+    documents = built(f"overlays/{overlay}")
+    names = {(each.kind, each.name) for each in documents}
+    queue = data.get("queue") or {}
+    wanted = {
+        ("Namespace", data["namespace"]),
+        ("ServiceAccount", data.get("service_account")),
+        ("LocalQueue", queue.get("local_queue")),
+        ("PersistentVolumeClaim", data.get("storage_claim")),
+        *(("WorkloadPriorityClass", name) for name in (queue.get("priorities") or {}).values()),
+    }
+    assert {(kind, name) for kind, name in wanted if name} - names == set()
+    # The namespace refuses paths of a node.
+    assert "host_path" not in (data.get("cache") or {})

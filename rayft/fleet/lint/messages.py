@@ -34,7 +34,11 @@ def message(error: Any) -> str:
             kinds = [wanted] if isinstance(wanted, str) else [kind for kind in wanted if kind != "null"]
             return f"must be {' or '.join(_NAMES.get(kind, kind) for kind in kinds)}, is {_named(error.instance)}"
         case "anyOf" | "oneOf":
-            return "is neither a number nor a text" if not isinstance(error.instance, int | str) else "fits no choice"
+            return (
+                "is neither a number nor a text"
+                if not isinstance(error.instance, int | str)
+                else "fits no choice"
+            )
         case "enum":
             return f"is not one of {', '.join(map(str, wanted))}"
         case "pattern":

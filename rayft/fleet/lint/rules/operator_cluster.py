@@ -60,7 +60,9 @@ def labels(group: Group) -> Iterator[Found]:
         )
         if not good or not re.fullmatch(r"([A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?)?", str(value)):
             yield Found(
-                f"{group.path}.labels.{key}", "key or value is none that a label may have", "Shorten or rename it"
+                f"{group.path}.labels.{key}",
+                "key or value is none that a label may have",
+                "Shorten or rename it",
             )
 
 
