@@ -110,6 +110,14 @@ def test_a_kustomization_is_built_and_is_a_set_of_its_own(
     assert "kubectl does not build" in capsys.readouterr().err
 
 
+def test_without_kubectl_a_kustomization_is_refused_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    assert main(["k8s", "lint", str(ROOT / "k8s" / "overlays" / "cpu")]) == 2
+    assert "kustomize build" in capsys.readouterr().err
+
+
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]\n"
     for before, name in zip("abcdef", "bcdefg", strict=True)
