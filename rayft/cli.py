@@ -177,6 +177,13 @@ def schema(args: argparse.Namespace) -> int:
     return 0
 
 
+def k8s_lint(args: argparse.Namespace) -> int:
+    """Find what loses work or money in manifests, and what a cluster will refuse."""
+    from rayft.fleet.lint.run import lint_files, show_rules
+
+    return show_rules() if args.rules else lint_files(args.files, schemas=args.schemas)
+
+
 def chat(args: argparse.Namespace) -> int:
     """Talk to a model: a folder, a hub id, or a run."""
     from rayft.generate.chat import chat as chat_with
@@ -330,6 +337,23 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--clear", action="store_true", help="remove what no process uses")
     verb("schema", schema)
+    k8s = verbs.add_parser(
+        "k8s", help="Manifests for KubeRay and Kueue.", description="Manifests for KubeRay and Kueue."
+    )
+    parts = k8s.add_subparsers(dest="part", required=True, metavar="VERB")
+    sub = parts.add_parser("lint", help=k8s_lint.__doc__, description=k8s_lint.__doc__)
+    sub.set_defaults(function=k8s_lint)
+    sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    sub.add_argument(
+        "files", nargs="*", metavar="FILE", help="manifests, folders, kustomizations, or - for stdin"
+    )
+    sub.add_argument(
+        "--schemas",
+        help="folder of the schemas of KubeRay and Kueue (default: RAYFT_SCHEMAS, else rayft's own)",
+    )
+    sub.add_argument(
+        "--rules", action="store_true", help="list the rules, why they are there and where they come from"
+    )
     sub = verb("chat", chat)
     sub.add_argument("model", help="model folder, hub id or run folder")
     sub.add_argument("--prompt", help="answer this and end")
