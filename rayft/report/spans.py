@@ -190,8 +190,8 @@ def _devices(rows: Sequence[Row], per_worker: Devices) -> dict[int, Devices]:
                 workers = int(row.get("workers") or 1)
                 asked = Devices(per_worker.gpus * workers, per_worker.cpus * workers)
             found[attempt] = asked
-    before = found[min(found)] if found else asked
-    return {row.get("attempt", 0): before for row in rows} | found
+    # A piece that ends before the first attempt is there only where none came.
+    return {row.get("attempt", 0): asked for row in rows} | found
 
 
 class Piece:

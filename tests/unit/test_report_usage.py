@@ -251,7 +251,7 @@ def as_written(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in drop}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(ROWS, max_size=40), st.lists(TIMES, min_size=2, max_size=2))
 def test_parts_of_any_log_sum_to_the_whole(rows: list[dict[str, Any]], window: list[float]) -> None:
     written = usable([as_written(row) for row in rows])
