@@ -25,6 +25,7 @@ from rayft.train.finish import finish, show_result
 from rayft.train.history import End, EndedBefore, already_ended, refuse_other_origin, take_job
 from rayft.train.prepare import prepare
 from rayft.train.recorder import start_recorder
+from rayft.train.requests import StopRequests
 from rayft.train.signals import StopSignals
 from rayft.train.watch import Watch
 
@@ -70,11 +71,12 @@ def _run(
     try:
         wanted_trackers(job)  # refuses what is not installed before anything starts
         end_before = take_job(store, job)
-        with signals.lent_to_ray(), importing(*HEAVY):
-            connect(job.cluster)
-        refuse_impossible(job.cluster)
-        recorder = start_recorder(job, run_uri, lease.owner, lease.epoch)
-        body(job, store, run_uri, lease, recorder, console, signals, end_before)
+        with StopRequests(store, signals):
+            with signals.lent_to_ray(), importing(*HEAVY):
+                connect(job.cluster)
+            refuse_impossible(job.cluster)
+            recorder = start_recorder(job, run_uri, lease.owner, lease.epoch)
+            body(job, store, run_uri, lease, recorder, console, signals, end_before)
         _record_end(recorder, store, 0, "done")
     except EndedBefore:
         raise
