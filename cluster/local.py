@@ -29,7 +29,9 @@ import requests
 
 #: Marks every process of a cluster, the workers' and drivers' included, wherever in the tree they end up.
 MARK = "RAYFT_LOCAL_CLUSTER"
-START_S = 120.0
+START_S = 180.0
+#: What Ray says where a node did not register within its 30 s, as on a machine that is busy: it is started again.
+TOO_SLOW = "timed out during startup"
 ASK_S = 10.0
 
 
@@ -39,11 +41,12 @@ class ClusterFailed(RuntimeError):
 
 @dataclass
 class Node:
-    """One `ray start --block`."""
+    """One `ray start --block`. arguments: what is its own on that command line."""
 
     ip: str
     process: subprocess.Popen[bytes]
     log: Path
+    arguments: tuple[str, ...]
 
 
 class LocalCluster:
@@ -82,6 +85,7 @@ class LocalCluster:
             ),  # also keeps the address file of this user's other clusters as it is
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(drain_s),
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+            "RAY_agent_register_timeout_ms": "120000",
             MARK: self._mark,
             **(environment or {}),
         }
@@ -123,10 +127,11 @@ class LocalCluster:
             f"--ray-client-server-port={free_port('127.0.0.2')}",
             "--num-cpus=0",
         )
-        self._wait("the job server of the head node", self._answers, timeout_s)
-        for _ in range(self._count):
+        deadline = time.monotonic() + timeout_s
+        self._wait("the job server of the head node", self._answers, deadline)
+        for number in range(1, self._count + 1):  # one after another: each is busy on all cores for a while
             self.add_node()
-        self._wait(f"{self._count} nodes to join", lambda: self._alive() > self._count, timeout_s)
+            self._wait(f"node {number} of {self._count} to join", lambda: self._alive() > number, deadline)  # noqa: B023
 
     def add_node(self) -> Node:
         """Start one more node, without waiting for it."""
@@ -136,7 +141,7 @@ class LocalCluster:
 
     def stop(self, patience_s: float = 60.0) -> None:
         """End every process of the cluster, by its id: all nodes at once with SIGTERM, so that they drain; then what is left."""
-        started = [*self.nodes, *([self.head] if self.head else [])]
+        started = self._started()
         for node in started:
             if node.process.poll() is None:
                 node.process.send_signal(signal.SIGTERM)
@@ -182,22 +187,28 @@ class LocalCluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for this process, which then ends the nodes in order
             )
-        return Node(ip, process, log)
+        return Node(ip, process, log, arguments)
 
-    def _wait(self, what: str, ready: Callable[[], bool], timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
+    def _wait(self, what: str, ready: Callable[[], bool], deadline: float) -> None:
+        began = time.monotonic()
         while not ready():
-            for node in [*self.nodes, *([self.head] if self.head else [])]:
-                if node.process.poll() is not None:
+            for node in self._started():
+                if node.process.poll() is None:
+                    continue
+                if TOO_SLOW not in node.log.read_text(errors="replace") or time.monotonic() > deadline:
                     raise ClusterFailed(
                         f"The node {node.ip} ended while waiting for {what}: {_tail(node.log)}"
                     )
+                node.process = self._ray_start(node.ip, *node.arguments).process
             if time.monotonic() > deadline:
-                assert self.head is not None
+                last = self._started()[-1]
                 raise ClusterFailed(
-                    f"Waited {timeout_s:.0f} s for {what}. The head says: {_tail(self.head.log)}"
+                    f"Waited {time.monotonic() - began:.0f} s for {what}. The node {last.ip} says: {_tail(last.log)}"
                 )
             time.sleep(0.2)
+
+    def _started(self) -> list[Node]:
+        return [*([self.head] if self.head else []), *self.nodes]
 
     def _get(self, path: str) -> Any:
         headers = {"Authorization": f"Bearer {self.token_path.read_text()}"}
@@ -246,7 +257,8 @@ def main(argv: list[str] | None = None) -> int:
     def stop(number: int, _: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     # What is imported here is imported there.
     here = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
     cluster = LocalCluster(args.nodes, args.cpus, drain_s=args.drain_s, environment={"PYTHONPATH": here})
@@ -261,9 +273,9 @@ def main(argv: list[str] | None = None) -> int:
             "Ctrl-C ends the cluster.",
             flush=True,
         )
-        while all(node.process.poll() is None for node in [cluster.head, *cluster.nodes] if node):
+        while cluster.head and cluster.head.process.poll() is None:
             time.sleep(0.5)
-        print("A node has ended; ending the others.", flush=True)
+        print("The head has ended; ending the nodes.", flush=True)
         return 1
     except KeyboardInterrupt:
         return 0

@@ -12,10 +12,12 @@ from pathlib import Path
 from rayft.errors import EXIT_CODES, PreemptedError, RayftError, WorkerError
 from rayft.fleet.attempts import Attempt
 from rayft.report.log import Row, read_all
-from rayft.storage import Store, open_store
+from rayft.storage import RetryPolicy, Store, open_store
 
 #: Seconds that the job API may lag behind the run log in saying that a driver has ended.
 CLOCK_S = 5.0
+#: A storage that cannot be reached from here must not hold up whoever only looks.
+RETRY = RetryPolicy(attempts=3, total_s=10.0)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class RunFolder:
         self._store: Store | None = None
         if "://" in run_uri or Path(run_uri).is_dir():
             try:
-                self._store = open_store(run_uri)
+                self._store = open_store(run_uri, RETRY)
             except RayftError:
                 self._store = None
 
@@ -42,7 +44,7 @@ class RunFolder:
     def store(self) -> Store | None:
         """The store; None where there is no such folder here (any more, or yet)."""
         if self._store is None and Path(self.uri).is_dir():
-            self._store = open_store(self.uri)
+            self._store = open_store(self.uri, RETRY)
         return self._store
 
     def rows(self) -> list[Row] | None:
@@ -57,17 +59,18 @@ class RunFolder:
 
     def end_since(self, started: float | None) -> Outcome | None:
         """How the attempt that was submitted at `started` ended; None while it has not, or where it is not known."""
-        return self.end_between(started, None)
+        return end_in(self.rows(), started)
 
-    def end_between(self, started: float | None, ended: float | None) -> Outcome | None:
-        """As `end_since`, for an attempt that is not the last."""
-        first, last = started or 0.0, math.inf if ended is None else ended + CLOCK_S
-        ends = [
-            row
-            for row in self.rows() or []
-            if row["kind"] == "event" and row["event"] == "end" and first <= row["time"] <= last
-        ]
-        return Outcome(int(ends[-1]["code"]), str(ends[-1]["message"])) if ends else None
+
+def end_in(rows: list[Row] | None, started: float | None, ended: float | None = None) -> Outcome | None:
+    """The last end in a run log that belongs to the attempt from `started` to `ended` (None: it is the last one)."""
+    first, last = started or 0.0, math.inf if ended is None else ended + CLOCK_S
+    ends = [
+        row
+        for row in rows or []
+        if row["kind"] == "event" and row["event"] == "end" and first <= row["time"] <= last
+    ]
+    return Outcome(int(ends[-1]["code"]), str(ends[-1]["message"])) if ends else None
 
 
 def outcome_of(attempt: Attempt, end: Outcome | None) -> Outcome:

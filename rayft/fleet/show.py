@@ -12,8 +12,8 @@ from rayft.errors import EXIT_CODES, RayftError
 from rayft.fleet.attempts import Attempt, attempts_of, last_attempt
 from rayft.fleet.client import Client
 from rayft.fleet.follow import follow
-from rayft.fleet.outcome import RunFolder, outcome_of
-from rayft.report.log import current_rows
+from rayft.fleet.outcome import RunFolder, end_in, outcome_of
+from rayft.report.log import Row, current_rows
 from rayft.report.progress import Progress
 from rayft.report.text import duration, value
 
@@ -25,6 +25,7 @@ def show_list(address: str | None, console: Console | None = None) -> int:
     if not attempts:
         console.print("No run was submitted to this cluster.")
         return 0
+    logs = {uri: RunFolder(uri).rows() for uri in {attempt.run_uri for attempt in attempts}}
     table = [("RUN", "SUBMISSION", "STATUS", "CODE", "STARTED", "RAN", "STORAGE")]
     for attempt in sorted(attempts, key=lambda one: (one.run, one.number)):
         table.append(
@@ -32,7 +33,7 @@ def show_list(address: str | None, console: Console | None = None) -> int:
                 attempt.run,
                 attempt.submission,
                 attempt.status.lower(),
-                _code(attempt),
+                _code(attempt, logs[attempt.run_uri]),
                 _clock(attempt.started),
                 _ran(attempt),
                 attempt.run_uri,
@@ -62,7 +63,7 @@ def show_status(run: str, address: str | None, console: Console | None = None) -
     else:
         lines += _newest(current_rows(rows))
     earlier = [attempt for attempt in attempts_of(client.all(), last.run) if attempt != last]
-    lines += [f"before: {one.submission} {one.status.lower()}, code {_code(one)}" for one in earlier]
+    lines += [f"before: {one.submission} {one.status.lower()}, code {_code(one, rows)}" for one in earlier]
     for line in lines:
         console.print(escape(line), soft_wrap=True, highlight=False)
     return 0
@@ -104,11 +105,10 @@ def _newest(rows: Sequence[dict[str, object]]) -> list[str]:
     return lines or ["The run log is empty yet."]
 
 
-def _code(attempt: Attempt) -> str:
-    if attempt.live:
-        return "-"
-    return str(
-        outcome_of(attempt, RunFolder(attempt.run_uri).end_between(attempt.started, attempt.ended)).code
+def _code(attempt: Attempt, rows: list[Row] | None) -> str:
+    """The exit code of an attempt that has ended, by the run log and the API."""
+    return (
+        "-" if attempt.live else str(outcome_of(attempt, end_in(rows, attempt.started, attempt.ended)).code)
     )
 
 

@@ -107,8 +107,8 @@ def send(
 ) -> int:
     """Submit a packaged run as its next attempt. Raises ResourceError while an attempt at it is live."""
     attempts = attempts_of(client.all(), run)
-    for attempt in attempts:
-        refuse_live(attempt, client)
+    for earlier in attempts:
+        refuse_live(earlier, client)
     number = 1 + max((attempt.number for attempt in attempts), default=0)
     metadata = describe(run, number, run_uri, digest)
     submission = Submission(f"{run}-{number}", working_dir, ENTRYPOINT, metadata)

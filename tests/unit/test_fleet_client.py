@@ -16,7 +16,7 @@ from rayft.cli import main
 from rayft.errors import JobError, RayftError, ResourceError
 from rayft.fleet.attempts import Attempt, attempts_of, refuse_other_version
 from rayft.fleet.client import Client, checked_address, find_token
-from rayft.fleet.outcome import Outcome, RunFolder, outcome_of
+from rayft.fleet.outcome import Outcome, RunFolder, end_in, outcome_of
 from rayft.fleet.submit import Submission
 
 MARKER = "tok3n-marker-4f1b"
@@ -206,7 +206,7 @@ def test_only_the_end_of_the_attempt_itself_counts(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     assert folder.end_since(15.0) == Outcome(3, "m")
     assert folder.end_since(25.0) is None
-    assert folder.end_between(5.0, 11.0) == Outcome(8, "m")
+    assert end_in(folder.rows(), 5.0, 11.0) == Outcome(8, "m")
     assert RunFolder(str(tmp_path / "nothing")).end_since(0.0) is None
 
 

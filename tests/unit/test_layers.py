@@ -36,7 +36,7 @@ LAYERS = {
 }
 
 #: Rooms that may be imported where torch and its friends are not installed, or before they are wanted.
-LIGHT = ["errors", "spec", "plan", "storage", "checkpoint", "report", "cli"]
+LIGHT = ["errors", "spec", "plan", "storage", "checkpoint", "report", "fleet", "cli"]
 HEAVY = {"torch", "deepspeed", "transformers", "peft", "ray", "datasets", "boto3", "accelerate"}
 
 MAX_LINES = 500
