@@ -149,7 +149,10 @@ class LocalCluster:
         for node in started:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 node.process.wait(timeout=max(0.1, deadline - time.monotonic()))
-        while left := list(self.processes()):
+        for _ in range(10):  # what is killed may have started others meanwhile
+            left = list(self.processes())
+            if not left:
+                break
             for process in left:
                 with contextlib.suppress(psutil.Error):
                     process.kill()

@@ -25,15 +25,21 @@ from rayft.storage import LocalStore
 from tests.cluster.steps import prepare_folder, small_job
 from tests.runs import ROOT, assert_same_state, events, step_reached, wait_until, write_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 #: Steps of a run that is stopped in its middle.
-LONG = 150
+LONG = 200
+#: Seconds that a machine may take that others work on too.
+WAIT_S = 600
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the user is: a model and rows, named by relative paths."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    from ray._raylet import get_authentication_mode
+
+    get_authentication_mode()  # Ray keeps what it reads first; tests after these start Rays without a token here
     return prepare_folder(tmp_path_factory.mktemp("here"))
 
 
@@ -119,17 +125,21 @@ def test_a_run_is_submitted_followed_stopped_and_resumed(
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         # As in a terminal, also where this process is a background job that ignores Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
-    wait_until("the run to train", training(folder, "walk"))
+    assert follower.stdout is not None
+    out = follower.stdout.readline()
+    assert out.startswith("walk-1: "), out + follower.stdout.read()
     follower.send_signal(signal.SIGINT)
-    out, _ = follower.communicate(timeout=60)
+    out = follower.communicate(timeout=WAIT_S)[0]
     assert follower.returncode == 130, out
     assert "walk-1 goes on without you. Come back: rayft logs walk --follow" in out
+    said += out
+
+    wait_until("the run to train", training(folder, "walk"), timeout_s=WAIT_S)
     code, out = rayft("list")
     assert any(line.split()[:3] == ["walk", "walk-1", "running"] for line in out.splitlines()), out
-
-    code, out = rayft("stop", "walk")
+    code, out = rayft("stop", "walk", "--timeout", str(WAIT_S))
     assert code == 0, out
     assert "Asked walk-1 to save and end." in out
     assert "walk-1 ended with code 8, preempted, resumable" in out
@@ -235,7 +245,7 @@ def test_a_stopped_submission_has_no_code_and_the_run_log_has(
 ) -> None:
     job, client = job_file(folder, "term", LONG), Client(here.address)
     assert main(["submit", job, "--address", here.address, "--no-wait"]) == 0
-    wait_until("the run to train", training(folder, "term"))
+    wait_until("the run to train", training(folder, "term"), timeout_s=WAIT_S)
     client.stop("term-1")
     assert follow(client, last_attempt(client, "term"), Console()) == 8
     assert last_attempt(client, "term").code is None
@@ -254,7 +264,7 @@ def test_a_run_that_does_not_answer_is_stopped(
 ) -> None:
     job = job_file(folder, "mute", 10_000)
     assert main(["submit", job, "--address", here.address, "--no-wait"]) == 0
-    wait_until("the run to train", training(folder, "mute"))
+    wait_until("the run to train", training(folder, "mute"), timeout_s=WAIT_S)
     assert main(["stop", "mute", "--address", here.address, "--timeout", "0"]) == 0
     out = "".join(capfd.readouterr())
     assert "It has not ended within 0 s; stopping its submission." in out

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayft.errors import JobError, RayftError
@@ -145,6 +145,7 @@ def test_a_name_cannot_reach_outside_of_its_runs_prefix(name: str) -> None:
         refuse_odd_name(name)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=70))
 def test_a_name_that_is_taken_is_one_folder_of_the_storage(name: str) -> None:
     try:
