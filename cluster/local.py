@@ -80,9 +80,7 @@ class LocalCluster:
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_path),
-            "RAY_TMPDIR": str(
-                self.folder
-            ),  # also keeps the address file of this user's other clusters as it is
+            "RAY_TMPDIR": str(self.folder),  # and so no other cluster's address file is overwritten
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(drain_s),
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
             "RAY_agent_register_timeout_ms": "120000",
