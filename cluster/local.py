@@ -80,7 +80,6 @@ class LocalCluster:
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_path),
-            "RAY_TMPDIR": str(self.folder),  # and so no other cluster's address file is overwritten
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(drain_s),
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
             "RAY_agent_register_timeout_ms": "120000",
@@ -168,12 +167,15 @@ class LocalCluster:
 
     def _ray_start(self, ip: str, *arguments: str) -> Node:
         log = self.folder / f"{ip}.log"
+        # Each node its own, or one would unpack a job's files over those that another's processes stand in. Outside of
+        # /tmp/ray, so that no other cluster's address file is overwritten.
+        home = self.folder / ip.rpartition(".")[2]
         ports = {
             name: free_port(ip) for name in ("dashboard-agent-listen", "metrics-export", "runtime-env-agent")
         }
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
-            *(f"--node-ip-address={ip}", f"--object-store-memory={self._store}"),
+            *(f"--node-ip-address={ip}", f"--temp-dir={home}", f"--object-store-memory={self._store}"),
             *("--min-worker-port=0", "--max-worker-port=0", "--log-color=false"),
             *(f"--{name}-port={port}" for name, port in ports.items()),
             *arguments,
@@ -181,7 +183,7 @@ class LocalCluster:
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command,
-                env=self._environment,
+                env={**self._environment, "RAY_TMPDIR": str(home)},
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
