@@ -271,6 +271,7 @@ def test_a_run_that_does_not_answer_is_stopped(
     assert "mute-1 ended with code 8" in out
 
 
+@pytest.mark.full
 def test_the_local_cluster_leaves_nothing_behind(tmp_path: Path) -> None:
     """`python -m cluster.local` as typed, ended by SIGTERM while its nodes start."""
     with (tmp_path / "log").open("wb") as log:
