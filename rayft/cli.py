@@ -16,8 +16,10 @@ EPILOG = "exit codes: " + " · ".join(f"{code} {meaning}" for code, meaning in E
 
 def run(args: argparse.Namespace) -> int:
     """Train: start a run, or resume the one of that name."""
+    from rayft.fleet.attempts import refuse_other_version
     from rayft.spec import load_job
 
+    refuse_other_version()
     job = load_job(args.job, args.overrides)
     if job.reinforced:
         from rayft.rlhf.run import run as run_job
@@ -167,6 +169,48 @@ def cache(args: argparse.Namespace) -> int:
     from rayft.report.node_cache import show
 
     return show(Console(), verify=args.verify, clear=args.clear)
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Send a job to a Ray cluster and follow it; ends with the run's own exit code."""
+    from rayft.fleet.submit import submit as submit_job
+
+    return submit_job(args.job, args.overrides, args.address, wait=args.wait)
+
+
+def resume(args: argparse.Namespace) -> int:
+    """Send a run that has ended to its cluster again: the same job under the same name, from its last checkpoint."""
+    from rayft.fleet.submit import resume as resume_run
+
+    return resume_run(args.run, args.address, wait=args.wait)
+
+
+def list_runs(args: argparse.Namespace) -> int:
+    """List the runs that were submitted to a cluster, with their attempts."""
+    from rayft.fleet.show import show_list
+
+    return show_list(args.address)
+
+
+def status(args: argparse.Namespace) -> int:
+    """Show where a submitted run stands."""
+    from rayft.fleet.show import show_status
+
+    return show_status(args.run, args.address)
+
+
+def logs(args: argparse.Namespace) -> int:
+    """Show what a submitted run has printed; with --follow to its end, and with its exit code."""
+    from rayft.fleet.show import show_logs
+
+    return show_logs(args.run, args.address, follow_on=args.follow)
+
+
+def stop(args: argparse.Namespace) -> int:
+    """Have a submitted run save and end (its code is 8); if it does not, stop its submission."""
+    from rayft.fleet.stop import stop as stop_run
+
+    return stop_run(args.run, args.address, timeout_s=args.timeout)
 
 
 def schema(args: argparse.Namespace) -> int:
@@ -336,6 +380,7 @@ def parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="look at every byte, and remove what is damaged (then code 5)"
     )
     what.add_argument("--clear", action="store_true", help="remove what no process uses")
+    _fleet_verbs(verb)
     verb("schema", schema)
     k8s = verbs.add_parser(
         "k8s", help="Manifests for KubeRay and Kueue.", description="Manifests for KubeRay and Kueue."
@@ -362,6 +407,26 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _fleet_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    named = {"resume": resume, "status": status, "logs": logs, "stop": stop}
+    subs = {"submit": verb("submit", submit, job=True), "list": verb("list", list_runs)}
+    for name, function in named.items():
+        subs[name] = verb(name, function)
+        subs[name].add_argument("run", help="name of a run, as `rayft list` shows it")
+    for sub in subs.values():
+        sub.add_argument(
+            "--address", metavar="URL", help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS)"
+        )
+    for name in ("submit", "resume"):
+        subs[name].add_argument(
+            "--no-wait", dest="wait", action="store_false", help="do not follow the run to its end"
+        )
+    subs["logs"].add_argument("--follow", action="store_true", help="until the run ends")
+    subs["stop"].add_argument(
+        "--timeout", type=float, default=120.0, help="seconds that it has to save and end (default 120)"
+    )
+
+
 def _share(text: str) -> float:
     share = float(text)
     if not 0 <= share <= 1:
@@ -369,9 +434,20 @@ def _share(text: str) -> float:
     return share
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of a verb; overrides may also stand after options, where argparse does not look for them."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if rest and not ("overrides" in args and all("=" in word and word[0] != "-" for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; an error becomes one sentence on stderr and its exit code."""
-    args = parser().parse_args(argv)
+    args = parse(argv)
     try:
         return int(args.function(args))
     except RayftError as error:

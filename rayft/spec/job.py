@@ -26,11 +26,14 @@ from rayft.spec.groups import (
 )
 from rayft.spec.rl import METHODS, Place, Placement, RewardSource, Rl, Rollout
 
+#: A run's name is a folder of the storage and part of a submission's: no separator, and no `.` or `-` at either end.
+RUN_NAME = r"[a-z0-9]([-a-z0-9_.]{0,61}[a-z0-9])?"
+
 
 class Job(Group):
     """A whole job file."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9_.]{0,61}[a-z0-9])?$")] = Field(
+    name: Annotated[str, Field(pattern=f"^{RUN_NAME}$")] = Field(
         description="Run name; the same name resumes."
     )
     method: Literal[

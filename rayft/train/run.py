@@ -27,6 +27,7 @@ from rayft.train.finish import finish, show_result
 from rayft.train.history import End, EndedBefore, already_ended, refuse_other_origin, take_job
 from rayft.train.prepare import prepare
 from rayft.train.recorder import start_recorder
+from rayft.train.requests import StopRequests
 from rayft.train.signals import StopSignals
 from rayft.train.watch import Watch
 
@@ -93,16 +94,17 @@ def _run(
     try:
         wanted_trackers(job)  # refuses what is not installed before anything starts
         end_before = take_job(store, job)
-        with signals.lent_to_ray(), importing(*HEAVY):
-            connect(job.cluster)
-        refuse_impossible(job.cluster)
-        recorder = start_recorder(job, run_uri, lease.owner, lease.epoch)
-        ray.get(recorder.open.remote(began, owner_of_run()), timeout=ASK_TIMEOUT_S)
-        if look_first is not None:
-            look_first(job, run_uri, recorder, console)
-        elif job.cluster.preflight:
-            raise JobError("cluster.preflight is what `rayft run` does.", "Start the job with it.")
-        body(job, store, run_uri, lease, recorder, console, signals, end_before)
+        with StopRequests(store, signals):
+            with signals.lent_to_ray(), importing(*HEAVY):
+                connect(job.cluster)
+            refuse_impossible(job.cluster)
+            recorder = start_recorder(job, run_uri, lease.owner, lease.epoch)
+            ray.get(recorder.open.remote(began, owner_of_run()), timeout=ASK_TIMEOUT_S)
+            if look_first is not None:
+                look_first(job, run_uri, recorder, console)
+            elif job.cluster.preflight:
+                raise JobError("cluster.preflight is what `rayft run` does.", "Start the job with it.")
+            body(job, store, run_uri, lease, recorder, console, signals, end_before)
         _record_end(recorder, store, 0, "done")
     except EndedBefore:
         raise

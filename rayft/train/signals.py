@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ class StopSignals:
     def __init__(self) -> None:
         self._ask: Callable[[str], Any] | None = None
         self._before: dict[int, Any] = {}
+        self._requested = ""
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -67,9 +69,18 @@ class StopSignals:
         finally:
             self._ask = None
 
+    def request(self, reason: str) -> None:
+        """As the first SIGTERM, from another thread and with a reason of its own."""
+        self._requested = reason
+        if self._before:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif ask := self._ask:
+            self._ask = None
+            ask(reason)
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         ask, self._ask = self._ask, None
-        name = signal.Signals(number).name
+        name, self._requested = self._requested or signal.Signals(number).name, ""
         if ask is None:
             raise interrupted(name)
         threading.Thread(target=ask, args=(name,), daemon=True).start()

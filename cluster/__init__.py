@@ -1,0 +1,1 @@
+"""The platform team's side: image, fleet profiles, VM clusters, a Ray cluster of several nodes on one machine."""

@@ -1,0 +1,296 @@
+"""Jobs through the job API of a real cluster: a head and two nodes as processes of their own, behind a token."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cluster.local import LocalCluster
+from rayft.cli import main
+from rayft.fleet.attempts import last_attempt
+from rayft.fleet.client import Client
+from rayft.fleet.follow import follow
+from rayft.storage import LocalStore
+from tests.cluster.steps import prepare_folder, small_job
+from tests.runs import ROOT, assert_same_state, events, step_reached, wait_until, write_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+#: Steps of a run that is stopped in its middle.
+LONG = 200
+#: Seconds that a machine may take that others work on too.
+WAIT_S = 600
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the user is: a model and rows, named by relative paths."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    from ray._raylet import get_authentication_mode
+
+    get_authentication_mode()  # Ray keeps what it reads first; tests after these start Rays without a token here
+    return prepare_folder(tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path) -> Iterator[LocalCluster]:
+    """A head without work and two nodes with one CPU each."""
+    more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAYFT_CACHE": str(folder / "node")}
+    with LocalCluster(2, 1, drain_s=0, environment=more) as started:
+        yield started
+
+
+@pytest.fixture
+def here(folder: Path, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> LocalCluster:
+    """This process as a user's shell in that folder, with the cluster's token."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("RAYFT_CACHE", str(folder / "client"))
+    for name, value in cluster.client_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    return cluster
+
+
+def job_file(folder: Path, name: str, steps: int, **groups: Any) -> str:
+    """A job on two workers."""
+    job = small_job(
+        folder,
+        name=name,
+        storage=str(folder / "shared"),
+        model={"path": "model"},
+        data={"train": [{"path": "rows.jsonl"}]},
+        train={"max_steps": steps},
+        cluster={"num_workers": 2},
+        checkpoint={"every_steps": 1000},
+        **groups,
+    )
+    return write_job(job, folder / f"{name}.yaml").name
+
+
+def store_of(folder: Path, name: str) -> LocalStore:
+    return LocalStore(folder / "shared" / name)
+
+
+def training(folder: Path, name: str, step: int = 2) -> Callable[[], bool]:
+    return step_reached(store_of(folder, name), step)
+
+
+def test_a_run_is_submitted_followed_stopped_and_resumed(
+    here: LocalCluster, folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, at = job_file(folder, "walk", LONG), ["--address", here.address]
+    said = ""
+
+    def rayft(*arguments: str) -> tuple[int, str]:
+        nonlocal said
+        code = main([*arguments, *at])
+        out = "".join(capfd.readouterr())
+        said += out
+        return code, out
+
+    code, out = rayft("submit", job, "--no-wait")
+    assert code == 0, out
+    assert "ray job submit --address" in out
+    code, out = rayft("submit", job)
+    assert (code, "held by its submission walk-1" in out) == (4, True), out
+    code, out = rayft("resume", "walk")
+    assert code == 4, out
+
+    with monkeypatch.context() as other:
+        other.setenv("RAY_AUTH_TOKEN", "not-the-token")
+        code, out = rayft("list")
+        assert (code, "refuses the token from RAY_AUTH_TOKEN" in out) == (2, True), out
+        other.setenv("RAY_AUTH_MODE", "disabled")
+        code, out = rayft("list")
+        assert (code, "asks for a token" in out) == (2, True), out
+    code, out = rayft("status", "walk-of-another")
+    assert (code, "knows no run 'walk-of-another'" in out) == (2, True), out
+
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "rayft.cli", "logs", "walk", "--follow", *at],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # As in a terminal, also where this process is a background job that ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
+    assert follower.stdout is not None
+    out = follower.stdout.readline()
+    assert out.startswith("walk-1: "), out + follower.stdout.read()
+    follower.send_signal(signal.SIGINT)
+    out = follower.communicate(timeout=WAIT_S)[0]
+    assert follower.returncode == 130, out
+    assert "walk-1 goes on without you. Come back: rayft logs walk --follow" in out
+    said += out
+
+    wait_until("the run to train", training(folder, "walk"), timeout_s=WAIT_S)
+    code, out = rayft("list")
+    assert any(line.split()[:3] == ["walk", "walk-1", "running"] for line in out.splitlines()), out
+    code, out = rayft("stop", "walk", "--timeout", str(WAIT_S))
+    assert code == 0, out
+    assert "Asked walk-1 to save and end." in out
+    assert "walk-1 ended with code 8, preempted, resumable" in out
+    assert "rayft stop by" in events(store_of(folder, "walk"), "end")[-1]["message"]
+
+    code, out = rayft("resume", "walk")
+    assert code == 0, out
+    assert "walk-2 ended with code 0, done" in out
+    assert f"step {LONG}" in out  # the log stream was shown
+    resumed = events(store_of(folder, "walk"), "resume")
+    assert resumed
+    assert resumed[-1]["repeated"] == 0
+    assert not (folder / "shared" / "walk" / "stop.json").exists()
+
+    code, out = rayft("list")
+    table = [line.split()[:4] for line in out.splitlines()]
+    assert ["walk", "walk-1", "failed", "8"] in table
+    assert ["walk", "walk-2", "succeeded", "0"] in table
+    code, out = rayft("status", "walk")
+    assert (code, f"step {LONG}, loss" in out, "before: walk-1" in out) == (0, True, True), out
+    code, out = rayft("resume", "walk")
+    assert (code, "is done" in out) == (0, True), out
+
+    token = here.token_path.read_text()
+    assert token not in said
+    for place in (folder, here.folder):
+        for path in place.rglob("*"):
+            if path.is_file() and path != here.token_path:
+                with contextlib.suppress(OSError):  # sockets and what has just gone
+                    assert token.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "override", "code"),
+    [
+        ("two", "model.path=/nothing/model", 2),
+        ("three", "data.train.0.path=broken.jsonl", 3),
+        ("five", "storage=/dev/null/shared", 5),
+    ],
+)
+def test_the_code_of_a_run_is_the_code_of_the_command(
+    here: LocalCluster,
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    override: str,
+    code: int,
+) -> None:
+    (folder / "broken.jsonl").write_text('{"messages": [{"role": "user"}]}\n')
+    job = job_file(folder, name, 3)
+    assert main(["submit", job, "--address", here.address, override]) == code
+    assert f"{name}-1 ended with code {code}" in "".join(capfd.readouterr())
+
+
+@pytest.mark.full
+def test_the_printed_line_works_by_itself(
+    here: LocalCluster, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = job_file(folder, "line", 3)
+    assert main(["submit", job, "--address", here.address]) == 0
+    out = "".join(capfd.readouterr())
+    line = next(line for line in out.splitlines() if line.startswith("ray job submit"))
+    words = shlex.split(line.replace("line-1", "line-2"))
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The run line is done" in done.stdout
+    # The entry point as it lies in the repository, with the folder of the job as working directory.
+    line = (
+        f"ray job submit --address {here.address} --submission-id line-3 --working-dir {folder} -- "
+        f"python {ROOT / 'jobs' / 'run.py'} {job}"
+    )
+    done = subprocess.run(
+        shlex.split(line), capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Deaf(Client):
+    """A client to which no log stream comes through."""
+
+    def tail(self, submission: str) -> Any:
+        raise ConnectionError("no stream")
+
+
+@pytest.mark.full
+def test_a_lost_log_stream_changes_nothing(here: LocalCluster, folder: Path) -> None:
+    job = job_file(folder, "deaf", LONG)
+    assert main(["submit", job, "--address", here.address, "--no-wait"]) == 0
+    with (folder / "deaf.txt").open("w") as file:
+        client = Deaf(here.address)
+        assert follow(client, last_attempt(client, "deaf"), Console(file=file, width=200)) == 0
+    out = (folder / "deaf.txt").read_text()
+    assert "the stream of what the job prints is lost" in out
+    assert "deaf-1 ended with code 0, done" in out
+    assert "end: done" in out or "checkpoint: step" in out or "step " in out
+
+
+@pytest.mark.full
+def test_a_stopped_submission_has_no_code_and_the_run_log_has(
+    here: LocalCluster, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job, client = job_file(folder, "term", LONG), Client(here.address)
+    assert main(["submit", job, "--address", here.address, "--no-wait"]) == 0
+    wait_until("the run to train", training(folder, "term"), timeout_s=WAIT_S)
+    client.stop("term-1")
+    assert follow(client, last_attempt(client, "term"), Console()) == 8
+    assert last_attempt(client, "term").code is None
+    assert "SIGTERM" in events(store_of(folder, "term"), "end")[-1]["message"]
+    assert main(["submit", job, "--address", here.address]) == 0  # the same name resumes
+    assert events(store_of(folder, "term"), "resume")
+    undisturbed = job_file(folder, "calm", LONG)
+    assert main(["submit", undisturbed, "--address", here.address]) == 0
+    assert_same_state(folder / "shared" / "term", folder / "shared" / "calm")
+    capfd.readouterr()
+
+
+@pytest.mark.full
+def test_a_run_that_does_not_answer_is_stopped(
+    here: LocalCluster, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = job_file(folder, "mute", 10_000)
+    assert main(["submit", job, "--address", here.address, "--no-wait"]) == 0
+    wait_until("the run to train", training(folder, "mute"), timeout_s=WAIT_S)
+    assert main(["stop", "mute", "--address", here.address, "--timeout", "0"]) == 0
+    out = "".join(capfd.readouterr())
+    assert "It has not ended within 0 s; stopping its submission." in out
+    assert "mute-1 ended with code 8" in out
+
+
+@pytest.mark.full
+def test_the_local_cluster_leaves_nothing_behind(tmp_path: Path) -> None:
+    """`python -m cluster.local` as typed, ended by SIGTERM while its nodes start."""
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.local", "--nodes", "1", "--drain-s", "0"],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    import psutil
+
+    def below() -> list[psutil.Process]:
+        return psutil.Process(process.pid).children(recursive=True)
+
+    nodes = wait_until("a process of the head", below)
+    time.sleep(1)
+    with contextlib.suppress(psutil.Error):
+        nodes += below()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=180) == 0, (tmp_path / "log").read_text()
+    assert not [one for one in nodes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert "Ending the cluster" in (tmp_path / "log").read_text()
