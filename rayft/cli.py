@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from rayft.errors import EXIT_CODES, RayftError
 
@@ -16,8 +17,10 @@ EPILOG = "exit codes: " + " · ".join(f"{code} {meaning}" for code, meaning in E
 
 def run(args: argparse.Namespace) -> int:
     """Train: start a run, or resume the one of that name."""
+    from rayft.fleet.version import refuse_other_version
     from rayft.spec import load_job
 
+    refuse_other_version(os.environ)
     job = load_job(args.job, args.overrides)
     if job.reinforced:
         from rayft.rlhf.run import run as run_job
@@ -51,7 +54,24 @@ def plan(args: argparse.Namespace) -> int:
     from rayft.spec import load_job
     from rayft.train.inspect import plan_job
 
-    return plan_job(load_job(args.job, args.overrides))
+    job = load_job(args.job, args.overrides)
+    if args.profile is None:
+        return plan_job(job)
+    from rayft.fleet.render.run import plan_on
+    from rayft.spec.profile import load_profile
+
+    return plan_on(job, load_profile(args.profile))
+
+
+def k8s_render(args: argparse.Namespace) -> int:
+    """Write a job as a manifest for KubeRay, sized for the fleet of a profile; submit it with --apply."""
+    from rayft.fleet.render.manifest import Wishes
+    from rayft.fleet.render.run import render_job
+    from rayft.spec import load_job
+    from rayft.spec.profile import load_profile
+
+    job, profile = load_job(args.job, args.overrides), load_profile(args.profile)
+    return render_job(job, profile, Wishes(args.priority, args.hours), out=args.out, submit=args.apply)
 
 
 def export(args: argparse.Namespace) -> int:
@@ -161,10 +181,10 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(
-        name: str, function: Callable[[argparse.Namespace], int], *, job: bool = False
+        name: str, function: Callable[[argparse.Namespace], int], *, job: bool = False, of: Any = verbs
     ) -> argparse.ArgumentParser:
         summary = (function.__doc__ or "").strip()
-        sub = verbs.add_parser(name, help=summary, description=summary)
+        sub = of.add_parser(name, help=summary, description=summary)
         sub.set_defaults(function=function)
         # Also after the verb, where people add it.
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -185,7 +205,10 @@ def parser() -> argparse.ArgumentParser:
         "--samples", type=int, default=3, help="rows shown with their trained tokens (default 3)"
     )
     verb("doctor", doctor, job=True)
-    verb("plan", plan, job=True)
+    verb("plan", plan, job=True).add_argument(
+        "--profile",
+        help="fleet profile: show what the run would be there, and whether a checkpoint fits its grace time",
+    )
     sub = verb("export", export)
     sub.add_argument("run", help="run folder, local or s3://")
     sub.add_argument("out", help="folder or s3:// prefix to write to")
@@ -259,6 +282,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--sort", metavar="COLUMN", help="by a column such as score, or falling: --sort=-score")
     sub.add_argument("--limit", type=int, default=5, help="answers that are shown (default 5)")
     verb("schema", schema)
+    summary = "Kubernetes: manifests for KubeRay and Kueue."
+    k8s = verbs.add_parser("k8s", help=summary, description=summary)
+    k8s_verbs = k8s.add_subparsers(dest="k8s_verb", required=True, metavar="VERB")
+    sub = verb("render", k8s_render, job=True, of=k8s_verbs)
+    sub.add_argument("--profile", required=True, help="fleet profile: a file, or a name in cluster/profiles")
+    sub.add_argument("--out", help="file to write to (default: standard output)")
+    sub.add_argument("--apply", action="store_true", help="upload local files and submit with kubectl")
+    sub.add_argument("--priority", help="one of the profile's priorities")
+    sub.add_argument("--hours", type=float, help="longest run (default: the profile's limit)")
     sub = verb("chat", chat)
     sub.add_argument("model", help="model folder, hub id or run folder")
     sub.add_argument("--prompt", help="answer this and end")
@@ -274,9 +306,22 @@ def _share(text: str) -> float:
     return share
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """argparse takes overrides only where the first of them stands; people write some after an option too."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if rest and (
+        not hasattr(args, "overrides") or any(text.startswith("-") or "=" not in text for text in rest)
+    ):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; an error becomes one sentence on stderr and its exit code."""
-    args = parser().parse_args(argv)
+    args = _parse(argv)
     try:
         return int(args.function(args))
     except RayftError as error:

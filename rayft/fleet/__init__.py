@@ -1,0 +1,4 @@
+"""Runs on a fleet: submission to a cluster, manifests for KubeRay and Kueue, and what is wrong with them.
+
+Works without torch and deepspeed.
+"""
