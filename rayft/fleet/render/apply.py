@@ -8,7 +8,7 @@ import subprocess
 from typing import Any
 
 from rayft.errors import JobError, ResourceError, StorageError
-from rayft.fleet.render.files import Packed, zip_key
+from rayft.fleet.render.files import Packed
 from rayft.fleet.render.pods import Object
 from rayft.spec.profile import Profile
 from rayft.storage import open_store
@@ -64,18 +64,16 @@ def refuse_under_way(where: list[str], name: str) -> str:
 
 def upload(packed: Packed) -> str:
     """Put the zip of local files into the run folder, once. Raises StorageError."""
-    content = packed.zipped()
-    store = open_store(packed.job.storage).child(packed.job.name)
-    key = zip_key(content)
+    store, key = open_store(packed.job.storage).child(packed.job.name), packed.key
     if store.exists(key):
         return f"{store.where(key)} is there already."
     try:
-        store.put(key, content)
+        store.put(key, packed.zipped())
     except StorageError as error:
         raise StorageError(
             f"The job's local files could not be put on storage: {error.message}", error.remedy
         ) from error
-    return f"{len(packed.files)} local files are at {store.where(key)}."
+    return f"The local files ({len(packed.files)}) are at {store.where(key)}."
 
 
 def _run(command: list[str], doing: str, text: str | None = None) -> str:

@@ -41,6 +41,15 @@ class Packed:
         """Bytes of all files."""
         return sum(path.stat().st_size for path in self.files.values())
 
+    @property
+    def key(self) -> str:
+        """The zip's place in the run folder, by names and contents."""
+        digest = hashlib.sha256()
+        for name in sorted(self.files):
+            content = hashlib.sha256(self.files[name].read_bytes()).hexdigest()
+            digest.update(f"{name} {content}\n".encode())
+        return f"files/{digest.hexdigest()[:16]}.zip"
+
     def zipped(self) -> bytes:
         """The files as a zip that depends on names and contents alone."""
         out = io.BytesIO()
@@ -102,17 +111,11 @@ def travelling(packed: Packed, profile: Profile) -> Travelling | None:
             f"{profile.limits.upload_mb:g} MB (limits.upload_mb).",
             f"Put the largest, {packed.files[largest]}, on storage and name it there.",
         )
-    content = packed.zipped()
     if profile.in_s3:
-        return Travelling(f"{packed.job.storage.rstrip('/')}/{packed.job.name}/{zip_key(content)}")
+        return Travelling(f"{packed.job.storage.rstrip('/')}/{packed.job.name}/{packed.key}")
     for name, path in packed.files.items():
         refuse_secrets(path.read_bytes().decode("utf-8", "replace"), where=name)
-    return Travelling(f"file://{JOB_FOLDER}/files.zip", content)
-
-
-def zip_key(content: bytes) -> str:
-    """The zip's place in the run folder."""
-    return f"files/{hashlib.sha256(content).hexdigest()[:16]}.zip"
+    return Travelling(f"file://{JOB_FOLDER}/files.zip", packed.zipped())
 
 
 def _storage(job: Job, profile: Profile, notes: list[str]) -> str:

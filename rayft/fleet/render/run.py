@@ -134,4 +134,4 @@ def _architectures(job: Job, there: Job) -> tuple[Architecture, dict[str, Archit
 def _files_line(packed: Packed, where: str, *, inline: bool) -> str:
     names = ", ".join(sorted(packed.files)[:5]) + (", …" if len(packed.files) > 5 else "")
     how = "travel in the ConfigMap" if inline else f"go to {where} with --apply"
-    return f"{len(packed.files)} local files ({packed.size / 1e6:.1f} MB: {names}) {how}."
+    return f"Local files ({len(packed.files)}, {packed.size / 1e6:.1f} MB: {names}) {how}."
