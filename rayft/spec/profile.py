@@ -171,7 +171,7 @@ class Limits(Group):
 
     gpus: int = Field(64, ge=0)
     workers: PositiveInt = 64
-    hours: PositiveFloat = Field(72.0, description="Longest run, waits and retries included.")
+    hours: PositiveFloat = Field(72.0, description="Longest attempt at a run; KubeRay counts anew after an eviction or a failure (rayjob_controller.go).")
     start_minutes: PositiveInt = Field(
         60, description="Longest wait for pods; under a queue, waiting is what the queue is for."
     )

@@ -337,6 +337,18 @@ def test_rendering_needs_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
     assert "rayft run /etc/rayft/job.yaml" in out.read_text()
 
 
+def test_plan_shows_the_run_on_the_fleet(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SHOWN["cpu-arithmetic"][3]}))
+    result = _without_torch(
+        "plan", "jobs/sft_arithmetic.yaml", "--profile", "cpu", f"storage={tmp_path.parent}", f"model.path={tmp_path}",
+        COLUMNS="200",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "GiB per rank" in result.stdout
+    assert "1 x cpu: 0 GPU, 2 CPU" in result.stdout
+    assert "it fits the 120 s that a node which is taken away has" in result.stdout
+
+
 def test_errors_of_the_verb_are_one_sentence_and_code_2() -> None:
     result = _without_torch("k8s", "render", "jobs/demo.yaml", "--profile", "cpuu")
     assert result.returncode == 2
