@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from kubernetes_validate.utils import schema_contents
+from kubernetes_validate.utils import all_versions, schema_contents
 from referencing import Registry, Resource
 
 from tests.shared import shared_root
@@ -54,9 +54,10 @@ def problems(one: dict[str, Any]) -> list[str]:
 @functools.cache
 def _core_validator(name: str) -> jsonschema.protocols.Validator:
     """As `kubernetes_validate.validate` makes it, which reads 20 MB of definitions anew for every object."""
-    folder = f"kubernetes-json-schema/v{KUBERNETES}-local-strict"
-    schema = schema_contents(f"{folder}/{name}.json", KUBERNETES)
-    definitions = schema_contents(f"{folder}/_definitions.json", KUBERNETES)
+    version = next(one for one in all_versions() if one.startswith(f"{KUBERNETES}."))
+    folder = f"kubernetes-json-schema/v{version}-local-strict"
+    schema = schema_contents(f"{folder}/{name}.json", version)
+    definitions = schema_contents(f"{folder}/_definitions.json", version)
     registry = Resource.from_contents(definitions) @ (Resource.from_contents(schema) @ Registry())
     return jsonschema.Draft202012Validator(schema, registry=registry)
 

@@ -13,10 +13,11 @@ _DNS = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _SUBDOMAIN = rf"{_DNS}(\.{_DNS})*"
 _IMAGE = r"[a-z0-9][-a-z0-9._:/]*(:[A-Za-z0-9_][-A-Za-z0-9_.]{0,127}|@sha256:[0-9a-f]{64})"
 
-#: Shapes of well-known tokens: AWS key ids, hub, GitHub, Slack and OpenAI tokens, private keys.
+#: Shapes of well-known tokens: AWS key ids, hub, GitHub, GitLab, Slack, Google and OpenAI tokens, JWTs, private keys.
 TOKEN = re.compile(
     r"\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}|\bgh[opsu]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}"
-    r"|\bxox[abpr]-[-0-9A-Za-z]{10,}|\bsk-[-A-Za-z0-9_]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|\bxox[abprs]-[-0-9A-Za-z]{10,}|\bsk-[-A-Za-z0-9_]{20,}|\bglpat-[-\w]{18,}|\bAIza[-\w]{35}"
+    r"|\beyJ[-\w]{10,}\.eyJ[-\w]{10,}\.|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 _SECRET_NAME = re.compile(
     r"(^|_)(SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIALS?|API_?KEY|ACCESS_KEY(_ID)?|PRIVATE_KEY)(_|$)"

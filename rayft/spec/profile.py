@@ -34,6 +34,7 @@ from rayft.spec.load import read_mapping
 OWN_VARIABLES = (
     "HOME",
     "RAYFT_CACHE",
+    "RAYFT_CACHE_GB",
     "RAYFT_SUBMITTER_VERSION",
     "RAY_ADDRESS",
     "RAY_AUTH_MODE",
@@ -110,7 +111,9 @@ class Head(Group):
 
     cpus: PositiveInt = 2
     memory_gib: Annotated[float, Field(ge=2)] = 8.0
-    scratch_gib: PositiveInt = 20
+    scratch_gib: PositiveInt = Field(
+        50, description="Disk: temporary files, and the model, which it looks at too."
+    )
     selector: LabelMap = Field(default_factory=dict, description="Best nodes that are not taken away.")
     tolerations: list[Toleration] = Field(default_factory=list)
 
@@ -171,7 +174,10 @@ class Limits(Group):
 
     gpus: int = Field(64, ge=0)
     workers: PositiveInt = 64
-    hours: PositiveFloat = Field(72.0, description="Longest attempt at a run; KubeRay counts anew after an eviction or a failure (rayjob_controller.go).")
+    hours: PositiveFloat = Field(
+        72.0,
+        description="Longest attempt at a run; KubeRay counts anew after an eviction or a failure (rayjob_controller.go).",
+    )
     start_minutes: PositiveInt = Field(
         60, description="Longest wait for pods; under a queue, waiting is what the queue is for."
     )
@@ -209,11 +215,13 @@ class NetworkPolicy(Group):
 class Cache(Group):
     """Models and data of a node, kept while its pods live, or longer where a claim or a folder of the node holds them."""
 
-    gib: PositiveInt = Field(20, description="Size of the pod's own cache (part of scratch).")
+    gib: PositiveInt = Field(
+        20, description="Bound of the cache; without claim or host_path it is part of the pod's disk."
+    )
     claim: ObjectName | None = Field(None, description="PersistentVolumeClaim (ReadWriteMany) instead.")
     host_path: str | None = Field(
         None,
-        description="Folder of the node instead, such as /mnt/nvme/rayft; it must be there and writable by `user_id`.",
+        description="Folder of the worker's node instead, such as /mnt/nvme/rayft; it must be there and writable by `user_id`.",
     )
 
     @model_validator(mode="after")

