@@ -255,3 +255,9 @@ def test_pods_of_like_processes_waste_no_gpu(count: int, gpus: int) -> None:
 )
 def test_names_are_kept_apart(runs: list[str]) -> None:
     assert len({rayjob_name(run) for run in runs}) == len(runs)
+
+
+def test_the_largest_process_goes_where_most_of_a_pod_is_left() -> None:
+    """As Ray chooses: to the second pod, and then the other process finds the first one free."""
+    assert holds([Room(1, 8, 100), Room(2, 4, 100)], [Need(1.0, 2.0), Need(0.0, 8.0)])
+    assert not holds([Room(1, 8, 100), Room(1, 4, 100)], [Need(1.0, 2.0), Need(1.0, 2.0), Need(0.0, 8.0)])
