@@ -33,7 +33,7 @@ print(ray.get(look.remote(), timeout=120))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["configmap", "s3"])
+@pytest.mark.parametrize("where", [pytest.param("configmap", marks=pytest.mark.full), "s3"])
 def test_ray_brings_the_files_to_every_process(
     where: str, tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
