@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from rayft.errors import EXIT_CODES, RayftError
 
@@ -16,10 +17,10 @@ EPILOG = "exit codes: " + " · ".join(f"{code} {meaning}" for code, meaning in E
 
 def run(args: argparse.Namespace) -> int:
     """Train: start a run, or resume the one of that name."""
-    from rayft.fleet.attempts import refuse_other_version
+    from rayft.fleet.version import refuse_other_version
     from rayft.spec import load_job
 
-    refuse_other_version()
+    refuse_other_version(os.environ)
     job = load_job(args.job, args.overrides)
     if job.reinforced:
         from rayft.rlhf.run import run as run_job
@@ -57,7 +58,24 @@ def plan(args: argparse.Namespace) -> int:
     from rayft.spec import load_job
     from rayft.train.inspect import plan_job
 
-    return plan_job(load_job(args.job, args.overrides))
+    job = load_job(args.job, args.overrides)
+    if args.profile is None:
+        return plan_job(job)
+    from rayft.fleet.render.run import plan_on
+    from rayft.spec.profile import load_profile
+
+    return plan_on(job, load_profile(args.profile))
+
+
+def k8s_render(args: argparse.Namespace) -> int:
+    """Write a job as a manifest for KubeRay, sized for the fleet of a profile; submit it with --apply."""
+    from rayft.fleet.render.manifest import Wishes
+    from rayft.fleet.render.run import render_job
+    from rayft.spec import load_job
+    from rayft.spec.profile import load_profile
+
+    job, profile = load_job(args.job, args.overrides), load_profile(args.profile)
+    return render_job(job, profile, Wishes(args.priority, args.hours), out=args.out, submit=args.apply)
 
 
 def export(args: argparse.Namespace) -> int:
@@ -246,10 +264,10 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(
-        name: str, function: Callable[[argparse.Namespace], int], *, job: bool = False
+        name: str, function: Callable[[argparse.Namespace], int], *, job: bool = False, of: Any = verbs
     ) -> argparse.ArgumentParser:
         summary = (function.__doc__ or "").strip()
-        sub = verbs.add_parser(name, help=summary, description=summary)
+        sub = of.add_parser(name, help=summary, description=summary)
         sub.set_defaults(function=function)
         # Also after the verb, where people add it.
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -270,7 +288,10 @@ def parser() -> argparse.ArgumentParser:
         "--samples", type=int, default=3, help="rows shown with their trained tokens (default 3)"
     )
     verb("doctor", doctor, job=True)
-    verb("plan", plan, job=True)
+    verb("plan", plan, job=True).add_argument(
+        "--profile",
+        help="fleet profile: show what the run would be there, and whether a checkpoint fits its grace time",
+    )
     sub = verb("export", export)
     sub.add_argument("run", help="run folder, local or s3://")
     sub.add_argument("out", help="folder or s3:// prefix to write to")
@@ -382,13 +403,16 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--clear", action="store_true", help="remove what no process uses")
     _fleet_verbs(verb)
     verb("schema", schema)
-    k8s = verbs.add_parser(
-        "k8s", help="Manifests for KubeRay and Kueue.", description="Manifests for KubeRay and Kueue."
-    )
+    summary = "Manifests for KubeRay and Kueue."
+    k8s = verbs.add_parser("k8s", help=summary, description=summary)
     parts = k8s.add_subparsers(dest="part", required=True, metavar="VERB")
-    sub = parts.add_parser("lint", help=k8s_lint.__doc__, description=k8s_lint.__doc__)
-    sub.set_defaults(function=k8s_lint)
-    sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    sub = verb("render", k8s_render, job=True, of=parts)
+    sub.add_argument("--profile", required=True, help="fleet profile: a file, or a name in cluster/profiles")
+    sub.add_argument("--out", help="file to write to (default: standard output)")
+    sub.add_argument("--apply", action="store_true", help="upload local files and submit with kubectl")
+    sub.add_argument("--priority", help="one of the profile's priorities")
+    sub.add_argument("--hours", type=float, help="longest run (default: the profile's limit)")
+    sub = verb("lint", k8s_lint, of=parts)
     sub.add_argument(
         "files", nargs="*", metavar="FILE", help="manifests, folders, kustomizations, or - for stdin"
     )

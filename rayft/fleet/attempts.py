@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -87,13 +86,3 @@ def last_attempt(client: Client, run: str) -> Attempt:
 def describe(run: str, number: int, run_uri: str, package: str) -> dict[str, str]:
     """The metadata of a new attempt."""
     return {RUN: run, ATTEMPT: str(number), STORAGE: run_uri, PACKAGE: package, VERSION: rayft.__version__}
-
-
-def refuse_other_version() -> None:
-    """Raise JobError, inside of a job, where another rayft than this one has submitted it."""
-    theirs = os.environ.get("RAYFT_SUBMITTED_BY")
-    if theirs and theirs != rayft.__version__:
-        raise JobError(
-            f"The job was submitted by rayft {theirs}, and the cluster has rayft {rayft.__version__}.",
-            "Install the same version on both sides.",
-        )

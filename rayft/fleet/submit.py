@@ -18,6 +18,7 @@ from rayft.fleet.client import Client
 from rayft.fleet.follow import follow
 from rayft.fleet.outcome import RunFolder
 from rayft.fleet.package import ENTRYPOINT, Package, package, packages_of
+from rayft.fleet.version import SUBMITTER_VERSION
 from rayft.report.text import gib
 from rayft.spec import Job, load_job
 
@@ -39,7 +40,7 @@ class Submission:
         """Ray's runtime environment of the job."""
         variables = {
             "RAYFT_SUBMISSION": self.name,
-            "RAYFT_SUBMITTED_BY": rayft.__version__,
+            SUBMITTER_VERSION: rayft.__version__,
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
         }
         return {"working_dir": self.working_dir, "env_vars": variables}

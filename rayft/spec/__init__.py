@@ -1,6 +1,7 @@
 """The job file: pydantic models of its groups, `group.key=value` overrides, JSON schema.
 
-`load_job(path, overrides)` is the way in; everything below it is data without behaviour.
+`load_job(path, overrides)` is the way in; everything below it is data without behaviour. `profile` is the platform team's
+counterpart, what a fleet is (`load_profile`), with `kubernetes` for names as a cluster takes them.
 """
 
 from rayft.spec.groups import (

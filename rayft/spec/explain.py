@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a job, said in the job file's own words: key, value, remedy."""
+"""What pydantic found wrong with a job or a profile, said in the file's own words: key, value, remedy."""
 
 from __future__ import annotations
 
@@ -24,24 +24,27 @@ ELSEWHERE = {
 }
 
 
-def explain(problems: Iterable[Any]) -> list[str]:
-    """One phrase per wrong key; the branches of a union that all refused a value make one phrase."""
+def explain(problems: Iterable[Any], root: type[BaseModel] = Job) -> list[str]:
+    """One phrase per wrong key; the branches of a union that all refused a value make one phrase. root: what was read."""
     phrases: dict[str, list[str]] = {}
     for problem in problems:
-        subject, phrase = _explain(problem)
+        subject, phrase = _explain(problem, root)
         said = phrases.setdefault(subject, [])
         if phrase not in said:
             said.append(phrase)
     return [f"{subject}{', or '.join(said)}" for subject, said in phrases.items()]
 
 
-def _explain(problem: Any) -> tuple[str, str]:
+def _explain(problem: Any, root: type[BaseModel]) -> tuple[str, str]:
     """Subject (key and value) and what is wrong with it."""
     loc, kind, value = problem["loc"], problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        parents, model = _walk(loc[:-1])
-        return f"unknown key {'.'.join([*parents, str(loc[-1])])!r} ", f"({_suggestion(str(loc[-1]), model)})"
-    key = ".".join(_walk(loc)[0])
+        parents, model = _walk(loc[:-1], root)
+        return (
+            f"unknown key {'.'.join([*parents, str(loc[-1])])!r} ",
+            f"({_suggestion(str(loc[-1]), model, root)})",
+        )
+    key = ".".join(_walk(loc, root)[0])
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if kind == "missing":
         return f"{key!r} is missing", ""
@@ -54,16 +57,16 @@ def _explain(problem: Any) -> tuple[str, str]:
     return f"{key} = {value!r}: ", message[0].lower() + message[1:]
 
 
-def _suggestion(leaf: str, here: type[BaseModel]) -> str:
+def _suggestion(leaf: str, here: type[BaseModel], root: type[BaseModel]) -> str:
     """The key that was meant: misspelt, in another group, or as other trainers call it."""
     known = list(here.model_fields)
     near = difflib.get_close_matches(leaf, known, n=1, cutoff=0.7)
     if near:
         return f"did you mean {near[0]!r}?"
     elsewhere = {
-        name: f"{group}.{name}" for group, model in _groups() for name in reversed(model.model_fields)
+        name: f"{group}.{name}" for group, model in _groups(root) for name in reversed(model.model_fields)
     }
-    meant = elsewhere.get(leaf) or ELSEWHERE.get(leaf)
+    meant = elsewhere.get(leaf) or (ELSEWHERE.get(leaf) if root is Job else None)
     if meant:
         return f"did you mean {meant!r}?"
     near = difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
@@ -73,22 +76,22 @@ def _suggestion(leaf: str, here: type[BaseModel]) -> str:
     return f"did you mean {elsewhere[near[0]]!r}?" if near else f"known here: {', '.join(known)}"
 
 
-def _groups() -> list[tuple[str, type[BaseModel]]]:
-    found = [(name, _model_in(field.annotation)) for name, field in Job.model_fields.items()]
+def _groups(root: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
+    found = [(name, _model_in(field.annotation)) for name, field in root.model_fields.items()]
     return [(name, model) for name, model in found if model]
 
 
-def _walk(loc: tuple[Any, ...]) -> tuple[list[str], type[BaseModel]]:
+def _walk(loc: tuple[Any, ...], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
     """The parts of a location that are keys or indices (not the names of a union's branches), and the model there."""
     parts: list[str] = []
-    model: type[BaseModel] = Job
-    inside: Any = Job  # annotation of what the next part selects from
+    model: type[BaseModel] = root
+    inside: Any = root  # annotation of what the next part selects from
     for part in loc:
         if isinstance(part, int) and get_origin(inside) is not tuple:
             parts.append(str(part))
         elif _is_mapping(inside):
             parts.append(str(part))
-            inside = None
+            inside = get_args(inside)[1]
         elif part in model.model_fields and _model_in(inside) is model:
             parts.append(str(part))
             inside = model.model_fields[part].annotation

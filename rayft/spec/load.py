@@ -39,6 +39,14 @@ _Loader.add_implicit_resolver(  # YAML 1.1 wants a point and a sign: 1.0e-4, 1.0
 def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:
     """Read and validate a job file. Raises JobError naming file, key and remedy."""
     path = Path(path)
+    values = read_mapping(path, "job", example="jobs/demo.yaml")
+    for override in overrides:
+        apply_override(values, override)
+    return parse_job(values, where=str(path))
+
+
+def read_mapping(path: Path, what: str, *, example: str) -> dict[str, Any]:
+    """The mapping in a YAML file. what: it should hold; example: one to start from. Raises JobError."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -46,12 +54,12 @@ def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> J
         hint = (
             f"Did you mean {path.parent / near[0]}?"
             if near
-            else "Give the path of a job file such as jobs/demo.yaml."
+            else f"Give the path of a {what} file such as {example}."
         )
-        raise JobError(f"There is no job file {path}.", hint) from None
+        raise JobError(f"There is no {what} file {path}.", hint) from None
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(
-            f"The job file {path} cannot be read: {error}.", "A job file is a UTF-8 YAML text file."
+            f"The {what} file {path} cannot be read: {error}.", f"A {what} file is a UTF-8 YAML text file."
         ) from None
     try:
         values = yaml.load(text, _Loader)
@@ -62,11 +70,9 @@ def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> J
         raise JobError(f"{path} is not valid YAML{where}: {problem}.", "Correct that line.") from None
     if not isinstance(values, dict):
         raise JobError(
-            f"{path} holds no job: the top level must be a mapping of groups.", "Start from jobs/demo.yaml."
+            f"{path} holds no {what}: the top level must be a mapping of groups.", f"Start from {example}."
         )
-    for override in overrides:
-        apply_override(values, override)
-    return parse_job(values, where=str(path))
+    return values
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 
-import rayft
-from rayft.cli import main
 from rayft.errors import JobError, RayftError, ResourceError
-from rayft.fleet.attempts import Attempt, attempts_of, refuse_other_version
+from rayft.fleet.attempts import Attempt, attempts_of
 from rayft.fleet.client import Client, checked_address, find_token
 from rayft.fleet.outcome import Outcome, RunFolder, end_in, outcome_of
 from rayft.fleet.submit import Submission
@@ -138,16 +136,6 @@ def test_another_ray_is_refused(serve: Any) -> None:
     client = Client(serve(200, {**VERSION, "ray_version": "2.9.3"}).address)
     with pytest.raises(JobError, match=r"runs Ray 2\.9\.3, and here is Ray 2\.60"):
         client.refuse_other_ray()
-
-
-def test_another_rayft_is_refused_inside_of_the_job(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RAYFT_SUBMITTED_BY", rayft.__version__)
-    refuse_other_version()
-    monkeypatch.setenv("RAYFT_SUBMITTED_BY", "0.0.9")
-    assert main(["run", "nothing.yaml"]) == 2
-    assert "submitted by rayft 0.0.9" in capsys.readouterr().err
 
 
 def test_the_typed_address_counts(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
