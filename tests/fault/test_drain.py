@@ -88,6 +88,7 @@ def test_a_node_that_is_taken_away_is_left_in_time(runs: Runs, nodes: Nodes) -> 
     assert events(store, "failure") == []
 
 
+@pytest.mark.full
 def test_without_a_place_to_go_it_ends_resumable(runs: Runs, nodes: Nodes) -> None:
     """One node is left of three; wait_s later the run ends with 8, and goes on elsewhere under the same name."""
     store, path = open_store(runs.uri("nowhere")), runs.job("nowhere", cluster={"wait_s": 12})

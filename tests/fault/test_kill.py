@@ -158,7 +158,7 @@ def test_a_signal_before_training_ends_a_run_with_8(runs: Runs) -> None:
 
 
 #: The other methods: a cell in `make test`, the rest in `make test-full`.
-OTHERS = ["dpo", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("reward", "kto", "orpo"))]
+OTHERS = [pytest.param(kind, marks=pytest.mark.full) for kind in ("dpo", "reward", "kto", "orpo")]
 
 
 @pytest.mark.parametrize("kind", OTHERS)

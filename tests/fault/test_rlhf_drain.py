@@ -94,9 +94,7 @@ def test_it_goes_on_elsewhere(kind: str, folder: Path, wholes: dict[str, Path], 
     assert {event["repeated"] for event in events(store, "resume")} == {0}
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind == "ppo_apart" else pytest.mark.full) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.full) for kind in KINDS])
 def test_asked_to_stop_it_keeps_the_answers_that_are_there(
     kind: str, folder: Path, wholes: dict[str, Path]
 ) -> None:
@@ -120,6 +118,7 @@ def test_asked_to_stop_it_keeps_the_answers_that_are_there(
     assert facts(stopped) == facts(whole)
 
 
+@pytest.mark.full
 def test_without_a_place_to_go_it_ends_resumable(folder: Path, wholes: dict[str, Path], nodes: Nodes) -> None:
     whole = whole_of("grpo", folder, wholes)
     path, nowhere = job_file(folder, "grpo", "nowhere", wait_s=10)
