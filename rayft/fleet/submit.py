@@ -39,7 +39,6 @@ class Submission:
     def runtime_env(self) -> dict[str, Any]:
         """Ray's runtime environment of the job."""
         variables = {
-            "RAYFT_SUBMISSION": self.name,
             SUBMITTER_VERSION: rayft.__version__,
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
         }

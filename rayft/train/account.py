@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import getpass
-import json
 import os
-from typing import Any
 
 from rayft.spec import Job
 from rayft.train.cluster import worker_resources
-
-#: Where Ray's job server puts what a job was submitted with.
-SUBMITTED_WITH = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+from rayft.train.submitted import metadata_of_submission
 
 
 def owner_of_run() -> dict[str, str]:
     """`user` and `team`: of RAYFT_USER and RAYFT_TEAM, else of the submitted job's metadata, else the account's name and no team."""
-    metadata = _metadata()
+    metadata = metadata_of_submission()
     user = os.environ.get("RAYFT_USER") or metadata.get("user") or _account()
     return {"user": str(user), "team": str(os.environ.get("RAYFT_TEAM") or metadata.get("team") or "")}
 
@@ -37,14 +33,6 @@ def placing_s() -> float | None:
         return max(0.0, float(stats["end_to_end_creation_latency_ms"]) / 1000)
     except Exception:  # an account is not worth a run
         return None
-
-
-def _metadata() -> dict[str, Any]:
-    try:
-        found = json.loads(os.environ.get(SUBMITTED_WITH, "{}")).get("metadata")
-    except (ValueError, AttributeError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _account() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import Any
 
@@ -10,11 +9,10 @@ from rayft.checkpoint.stop import forget_old_requests, requested_stop
 from rayft.errors import StorageError
 from rayft.storage import Store
 from rayft.train.signals import StopSignals
+from rayft.train.submitted import SUBMISSION, metadata_of_submission
 
 #: Seconds between two looks.
 LOOK_EVERY_S = 2.0
-#: Names the submission that a driver belongs to, in its environment.
-SUBMISSION = "RAYFT_SUBMISSION"
 
 
 class StopRequests:
@@ -25,7 +23,7 @@ class StopRequests:
 
     def __init__(self, store: Store, signals: StopSignals) -> None:
         self._store, self._signals = store, signals
-        self._submission = os.environ.get(SUBMISSION)
+        self._submission = metadata_of_submission().get(SUBMISSION)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="rayft-stop-requests", daemon=True)
 

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from rayft.train.account import SUBMITTED_WITH, owner_of_run
+from rayft.train.account import owner_of_run
+from rayft.train.submitted import SUBMITTED_WITH
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rayft.storage import LocalStore, Store, open_store
 from rayft.train import requests
 from rayft.train.requests import StopRequests
 from rayft.train.signals import StopSignals
+from rayft.train.submitted import SUBMISSION, SUBMITTED_WITH
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -49,7 +51,7 @@ def test_the_driver_hears_a_wish_while_it_trains_and_before(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(requests, "LOOK_EVERY_S", 0.05)
-    monkeypatch.setenv(requests.SUBMISSION, "a-1")
+    monkeypatch.setenv(SUBMITTED_WITH, json.dumps({"metadata": {SUBMISSION: "a-1"}}))
     heard: list[str] = []
     told = threading.Event()
 

@@ -11,6 +11,7 @@ import yaml
 
 from rayft import __version__
 from rayft.errors import JobError
+from rayft.fleet.attempts import RUN, STORAGE, VERSION
 from rayft.fleet.render.names import rayjob_name
 from rayft.fleet.render.network import network_policy
 from rayft.fleet.render.pods import (
@@ -106,7 +107,7 @@ def _rayjob(
     spec: Object = {
         "submissionMode": "HTTPMode",
         "entrypoint": f"rayft run {JOB_FOLDER}/job.yaml",
-        "metadata": {"rayft_run": job.name, "rayft_version": __version__},
+        "metadata": {RUN: job.name, STORAGE: f"{job.storage.rstrip('/')}/{job.name}", VERSION: __version__},
         "backoffLimit": job.cluster.max_failures + profile.retries.preemptions,
         "activeDeadlineSeconds": _deadline_s(profile, wishes),
         "shutdownAfterJobFinishes": True,
