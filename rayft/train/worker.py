@@ -127,9 +127,11 @@ class Worker:
 
     # -- the parts of the loop ---------------------------------------------------------------------------------
 
-    def _agree_to_leave(self) -> bool:
-        """Whether any rank has heard that they should. On the CPU, so that no GPU waits for the answer; a collective."""
-        return setup.agree(self.notice is not None, torch.device("cpu"), self.control)
+    def _agree_to_leave(self, *, at_once: bool = False) -> bool:
+        """Whether any rank has heard that they should; at_once: before the step is done, which a shard that cannot be made does
+        not ask for. On the CPU, so that no GPU waits for the answer; a collective."""
+        wanted = self.notice is not None and not (at_once and self.notice.reason == NO_MORE_SHARDS)
+        return setup.agree(wanted, torch.device("cpu"), self.control)
 
     def _leave(self) -> NoReturn:
         """Save what is not saved, and leave together: rank 0 commits last, and Ray ends the group with its first rank."""
@@ -170,7 +172,7 @@ class Worker:
         leave: the state of the last step is whole, and nodes that are taken away do not wait for this one."""
         for number, micro_batch in enumerate(micro_batches):
             self._beat("train")
-            if number and self._agree_to_leave():
+            if number and self._agree_to_leave(at_once=True):
                 raise Abandoned
             yield self.learner.objective.collate(self.corpus, micro_batch)
         self._beat("train")
