@@ -201,7 +201,9 @@ NAMES = ("reward", "dpo", "kto", "orpo", "simpo", "ipo", "dpo_normalized")
 assert set(NAMES) <= METHODS.keys()
 
 
-@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.parametrize(
+    "name", [*NAMES[:2], *(pytest.param(name, marks=pytest.mark.full) for name in NAMES[2:4])]
+)
 def test_losses_of_trl(folder: Path, name: str) -> None:
     """Full fine-tuning: 1e-6 at the first step, 1e-5 over 20."""
     compare(folder, name, {})

@@ -109,6 +109,7 @@ def test_killed_worker_and_killed_trees_change_nothing(runs: Runs) -> None:
     assert len(events(store, "resume")) == 3
 
 
+@pytest.mark.full
 def test_stopped_worker_is_noticed_and_the_group_restarted(runs: Runs) -> None:
     """SIGSTOP in mid-step: noticed after cluster.hang_timeout_s, stacks of all ranks kept, the result unchanged."""
     store = open_store(runs.uri("stopped"))
@@ -124,6 +125,7 @@ def test_stopped_worker_is_noticed_and_the_group_restarted(runs: Runs) -> None:
     assert_same_state(runs.uri("stopped"), runs.whole)
 
 
+@pytest.mark.full
 def test_second_driver_is_refused_by_a_living_one_and_replaces_a_stopped_one(runs: Runs) -> None:
     """Refused with 4 while the first lives. SIGSTOP it, start a second, SIGCONT it: one history, and it says so."""
     store = open_store(runs.uri("replaced"))
@@ -204,7 +206,7 @@ def test_killed_trees_change_nothing_in_other_methods(kind: str, tmp_path: Path)
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("cluster.num_workers=1", "zero.stage=0"),
+        pytest.param(("cluster.num_workers=1", "zero.stage=0"), marks=pytest.mark.full),
         pytest.param(("zero.stage=3",), marks=pytest.mark.full),
     ],
 )

@@ -95,9 +95,7 @@ def at_work(uri: Path, attempts: int) -> bool:
     return len(begun) == attempts and bool(steps) and max(steps) == max(begun)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind == "grpo_lora" else pytest.mark.full) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.full) for kind in KINDS])
 def test_killed_runs_change_nothing(kind: str, tmp_path: Path) -> None:
     """Everything killed and started again, then a process of each learner, whatever it is at."""
     folder = prepare_folder(tmp_path)
