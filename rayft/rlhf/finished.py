@@ -70,7 +70,7 @@ def keep_finished(store: Store, step: int, epoch: int, finished: Finished) -> No
 
 def kept_finished(store: Store, step: int, epoch: int, prompts: PromptSet) -> Finished:
     """What `keep_finished` wrote for this very checkpoint, if anything."""
-    if store.stat(_key(step)) is None:
+    if not epoch or store.stat(_key(step)) is None:
         return {}
     values = read_values(store, _key(step))
     if values["epoch"] != epoch:

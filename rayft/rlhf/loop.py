@@ -324,6 +324,8 @@ class Loop:
         if self.state.step > self._saved_step:
             self._save()
         self._finish_saving()
+        if not self.state.saved_epoch:
+            self._finished.clear()  # before the first checkpoint the job may still be corrected, and would draw others
         if self._finished:
             keep_finished(self.store, self.state.step, self.state.saved_epoch, self._finished)
         where = f"step {self.state.step}"

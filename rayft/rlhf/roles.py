@@ -67,7 +67,9 @@ class Roles:
         #: What all roles hold together, as Ray resources.
         self.devices = self._table.devices
         began = time.time()
-        self._reserved = reserve(self._table, room_s or self.job.cluster.start_timeout_s, say)
+        self._reserved = reserve(
+            self._table, self.job.cluster.start_timeout_s if room_s is None else room_s, say
+        )
         self._tell_placed(began)
         self._learners: list[Group] = []
         self._others: list[Group] = []

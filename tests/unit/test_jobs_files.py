@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rayft.spec import load_job
+from tests.fleets import QWEN3_8B
 from tests.shared import ROOT
 
 FILES = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -72,19 +73,6 @@ def test_the_rewards_of_triage(answer: str, fields: float, exact: float) -> None
     right = ['{"order":"A-1","refund":0}']
     assert reward.fields([""], [answer], right) == [fields]
     assert reward.exact([""], [answer], right) == [exact]
-
-
-QWEN3_8B = {
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.mark.parametrize("name", ["sft_hub_gpu", "grpo_hub_gpu", "ppo_hub_gpu"])

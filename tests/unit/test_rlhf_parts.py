@@ -12,9 +12,11 @@ import pytest
 from rayft.data.template import ChatTokenizer
 from rayft.errors import DataError
 from rayft.rlhf.experience import experience, lay_out, score_with_rules, uniform_groups, weights_of
+from rayft.rlhf.finished import keep_finished, kept_finished
 from rayft.rlhf.prompts import Prompt, PromptSet
 from rayft.rlhf.rollout import Rollout, asked_of, units_of
 from rayft.spec import Data, Job, parse_job
+from rayft.storage import open_store
 from tests.tiny import tiny_tokenizer
 
 
@@ -245,3 +247,17 @@ def test_the_engines_difference_is_weighted_and_measured() -> None:
 def test_uniform_groups() -> None:
     job = job_of(rl={"num_generations": 2})
     assert uniform_groups(np.array([1.0, 1.0, 0.0, 1.0]), job).tolist() == [True, False]
+
+
+def test_finished_answers_belong_to_one_checkpoint(tmp_path: Path) -> None:
+    """Of a step and the epoch that wrote it; before the first there is none whose weights could have drawn them."""
+    prompts = prompt_set(tmp_path, [{"prompt": ask("a"), "id": 1}])
+    [asked] = prompts.take(0, 1).prompts
+    rollout = Rollout(asked, 0, [65, 66], [-0.5, -0.25], True, 2, "AB")
+    store = open_store(tmp_path / "run")
+    keep_finished(store, 2, 3, {(asked.position, 0): rollout})
+    assert kept_finished(store, 2, 3, prompts) == {(asked.position, 0): rollout}
+    assert kept_finished(store, 2, 4, prompts) == {}
+    assert kept_finished(store, 1, 3, prompts) == {}
+    keep_finished(store, 0, 0, {(asked.position, 0): rollout})
+    assert kept_finished(store, 0, 0, prompts) == {}
