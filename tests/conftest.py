@@ -1,3 +1,8 @@
 """Fixtures that every test may use."""
 
+import os
+
+# How often Ray Train looks whether a run has ended; runs of tests are short.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
 pytest_plugins = ["tests.s3", "tests.cached"]

@@ -64,6 +64,7 @@ SHOWN: dict[str, tuple[str, str, list[str], dict[str, Any], Wishes]] = {
     ),
     "gpu-sft": ("gpu", "sft_hub_gpu", [], QWEN3_8B, Wishes("urgent", 24)),
     "gpu-grpo": ("gpu", "grpo_hub_gpu", ["name=2026_math.v2"], QWEN3_8B, Wishes()),
+    "gpu-tune": ("gpu", "tune_hub_gpu", [], QWEN3_8B, Wishes()),
     "aws-spot-lora": (
         "aws-spot",
         "sft_hub_gpu",

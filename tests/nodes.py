@@ -31,7 +31,8 @@ class Nodes:
         """One more; options are those of Ray's `add_node`."""
         self._number += 1
         address = f"127.0.0.{self._number}"
-        return self._cluster.add_node(num_cpus=1, node_ip_address=address, **OBJECT_STORE, **options)
+        given = {"num_cpus": 1, **OBJECT_STORE, **options}
+        return self._cluster.add_node(node_ip_address=address, **given)
 
     def drain(self, node_id: str, seconds: float) -> None:
         """Announce that a node is taken away in so many seconds, as Ray does on a spot notice."""
@@ -58,6 +59,10 @@ class Nodes:
     def take_last(self) -> None:
         """The last of the first nodes dies, without a word."""
         self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+
+    def add_again(self) -> None:
+        """Another one in the place of one that died."""
+        self._nodes.append(self.add())
 
 
 @contextmanager

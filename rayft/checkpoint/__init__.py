@@ -6,6 +6,7 @@ which commits count; `latest` finds what to resume from; `retain` deletes what i
 are 1-D numpy arrays, bfloat16 as uint16 with the dtype's name beside it.
 """
 
+from rayft.checkpoint.copy import copy_checkpoint
 from rayft.checkpoint.fragments import Fragment, storage_dtype
 from rayft.checkpoint.lease import Lease
 from rayft.checkpoint.manifest import CorruptCheckpoint, Manifest
@@ -25,6 +26,7 @@ __all__ = [
     "Manifest",
     "Range",
     "committed_steps",
+    "copy_checkpoint",
     "latest",
     "lineage",
     "retain",

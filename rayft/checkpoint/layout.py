@@ -48,6 +48,11 @@ def index_name(epoch: int, rank: int, world_size: int) -> str:
     return f"{epoch:07d}-rank-{rank:05d}-of-{world_size:05d}.json"
 
 
+def renamed(name: str, epoch: int) -> str:
+    """Name of a rank's data or index as of another epoch."""
+    return f"{epoch:07d}-{name.partition('-')[2]}"
+
+
 def manifest_key(step: int, epoch: int) -> str:
     """Key of the manifest that commits `step`."""
     return f"{folder(step)}/manifest-{epoch:07d}.json"

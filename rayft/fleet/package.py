@@ -17,6 +17,7 @@ from pathlib import Path
 from rayft.errors import DataError, JobError
 from rayft.report.text import gib
 from rayft.spec import Job, dump_job
+from rayft.spec.search import jobs_of_lists
 from rayft.storage import node_cache_dir
 
 MAX_BYTES = 200 << 20
@@ -106,8 +107,9 @@ def refuse_scratch(job: Job) -> None:
 
 
 def _files_of(job: Job, here: Path) -> Iterator[tuple[str, Path]]:
-    """Name in the package and path here of every file that the job names."""
-    for key, text in _paths_of(job, here):
+    """Name in the package and path here of every file that the job names, or a trial of its search."""
+    trials = [trial for _, trial in jobs_of_lists(job)] if job.tune else []
+    for key, text in dict.fromkeys(named for one in (job, *trials) for named in _paths_of(one, here)):
         if "://" in text or text.startswith(("package:", "~")) or Path(text).is_absolute():
             continue
         name, path = os.path.normpath(text), here / text

@@ -16,6 +16,7 @@ from rayft.fleet.outcome import RunFolder, end_in, outcome_of
 from rayft.report.log import Row, current_rows
 from rayft.report.progress import Progress
 from rayft.report.text import duration, value
+from rayft.report.trials import STATUSES, trials_of
 
 
 def show_list(address: str | None, console: Console | None = None) -> int:
@@ -44,7 +45,7 @@ def show_list(address: str | None, console: Console | None = None) -> int:
 
 
 def show_status(run: str, address: str | None, console: Console | None = None) -> int:
-    """Where a run stands: its attempts here, its last step and event."""
+    """Where a run stands: its attempts here, its last step and event; of a search how many trials are what."""
     console = console or Console()
     client = Client(address)
     last = last_attempt(client, run)
@@ -61,7 +62,7 @@ def show_status(run: str, address: str | None, console: Console | None = None) -
     if rows is None:
         lines.append("The run log cannot be read from here.")
     else:
-        lines += _newest(current_rows(rows))
+        lines += _trials(rows) + _newest(current_rows(rows))
     earlier = [attempt for attempt in attempts_of(client.all(), last.run) if attempt != last]
     lines += [f"before: {one.submission} {one.status.lower()}, code {_code(one, rows)}" for one in earlier]
     for line in lines:
@@ -90,6 +91,13 @@ def show_logs(run: str, address: str | None, *, follow_on: bool, console: Consol
     if not follow_on:
         return 0
     return outcome_of(attempt, RunFolder(attempt.run_uri).end_since(attempt.started)).code
+
+
+def _trials(rows: Sequence[Row]) -> list[str]:
+    """How many trials of a search are what; nothing for a run."""
+    statuses = [trial.status for trial in trials_of(rows).values()]
+    counts = [f"{statuses.count(status)} {status}" for status in STATUSES if status in statuses]
+    return [f"trials: {', '.join(counts)}"] if counts else []
 
 
 def _newest(rows: Sequence[dict[str, object]]) -> list[str]:

@@ -187,7 +187,7 @@ def _adapter(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def _with(job: Job, overrides: dict[str, Any]) -> Job:
-    values = job.model_dump()
+    values = job.model_dump(exclude={"tune"})
     for key, value in overrides.items():
         group, _, name = key.partition(".")
         values[group][name] = value

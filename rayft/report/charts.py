@@ -63,7 +63,7 @@ def line_chart(series: Sequence[Series], marks: Sequence[float] = ()) -> str:
     if not drawn:
         return '<p class="none">nothing logged</p>'
     axes = Axes.around([point for s in drawn for point in s.points])
-    parts = [_grid(axes), *(_mark(axes, x) for x in marks if axes.x0 <= x <= axes.x1)]
+    parts = [grid(axes), *(_mark(axes, x) for x in marks if axes.x0 <= x <= axes.x1)]
     parts += [_line(axes, s) for s in drawn]
     data = [
         {"name": s.name, "points": [(x, y, round(axes.x(x), 1), round(axes.y(y), 1)) for x, y in s.points]}
@@ -114,15 +114,16 @@ def thin(points: Sequence[Point]) -> Sequence[Point]:
     return kept
 
 
-def _grid(axes: Axes) -> str:
+def grid(axes: Axes) -> str:
+    """Lines and labels of both axes."""
     lines = [
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{axes.y(tick):.1f}" y2="{axes.y(tick):.1f}"/>'
-        f'<text class="tick" x="{LEFT - 6}" y="{axes.y(tick) + 3.5:.1f}" text-anchor="end">{_short(tick)}</text>'
+        f'<text class="tick" x="{LEFT - 6}" y="{axes.y(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>'
         for tick in axes.y_ticks
     ]
     ticks = nice_ticks(axes.x0, axes.x1, 6) if axes.x1 > axes.x0 else [axes.x0]
     lines += [
-        f'<text class="tick" x="{axes.x(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_short(tick)}</text>'
+        f'<text class="tick" x="{axes.x(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(tick)}</text>'
         for tick in ticks
         if tick == int(tick)
     ]
@@ -154,7 +155,7 @@ def _legend(entries: Sequence[tuple[str, str]]) -> str:
     return f'<div class="legend">{"".join(items)}</div>'
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """A tick label: `1,200`, `0.05`, `2e-05`, `12k`."""
     if number and abs(number) < 1e-3:
         return f"{number:.1e}".replace(".0e", "e")

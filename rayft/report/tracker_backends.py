@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -11,6 +12,9 @@ from typing import Any, ClassVar
 
 from rayft.spec import Job
 from rayft.storage import Store
+
+#: MLflow's tags of runs that belong together, and of the run that stands for all of them.
+GROUP_TAG, PARENT_TAG = "rayft.group", "rayft.parent_of"
 
 
 class TensorBoard:
@@ -23,12 +27,28 @@ class TensorBoard:
     def __init__(self, job: Job, store: Store, state: dict[str, Any]) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self.state: dict[str, Any] = {}
+        self.state = state
         local = store.local_path("tensorboard")
         self._remote = None if local else store
         self._folder = local or Path(tempfile.mkdtemp(prefix="rayft-tensorboard-"))
         self._writer = EventFileWriter(str(self._folder))
         self._uploaded = time.monotonic()
+        if job.log.hparams and not state:
+            self._describe(job.log.hparams, job.log.group or job.name)
+            self.state = {"hparams": True}
+
+    def _describe(self, values: dict[str, Any], group: str) -> None:
+        """What the HParams page shows of this run."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for key, value in values.items()
+        }
+        summary = hparams_pb(plain, trial_id=f"{group} {json.dumps(plain, sort_keys=True)}")
+        self._writer.add_event(Event(wall_time=time.time(), summary=summary))
+        self._writer.flush()
 
     def log(self, metrics: dict[str, float], step: int, time: float) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -83,7 +103,12 @@ class MLflow:
     def _create(self, job: Job, store: Store) -> str:
         experiment = self._client.get_experiment_by_name(self.EXPERIMENT)
         number = experiment.experiment_id if experiment else self._client.create_experiment(self.EXPERIMENT)
-        run = self._client.create_run(number, run_name=job.name, tags={"rayft.run": store.uri})
+        tags = {"rayft.run": store.uri}
+        if job.log.group:
+            tags[GROUP_TAG] = job.log.group
+            if parent := parent_run(self._client, number, job.log.group):
+                tags["mlflow.parentRunId"] = parent
+        run = self._client.create_run(number, run_name=job.name, tags=tags)
         from mlflow.entities import Param
 
         params = [Param(key, str(value)[:500]) for key, value in flat(job.model_dump(mode="json")).items()]
@@ -104,6 +129,7 @@ class WeightsAndBiases:
             project=job.log.wandb,
             id=self.state["run_id"],
             name=job.name,
+            group=job.log.group,
             resume="allow",
             config=job.model_dump(mode="json"),
             dir=_existing(folder.parent) if folder else tempfile.mkdtemp(prefix="rayft-wandb-"),
@@ -117,6 +143,13 @@ class WeightsAndBiases:
 
     def close(self, code: int) -> None:
         self._run.finish(exit_code=code)
+
+
+def parent_run(client: Any, experiment: str, group: str) -> str | None:
+    """Id of the newest MLflow run that stands for a group."""
+    where = f"tags.`{PARENT_TAG}` = '{group}'"
+    found = client.search_runs([experiment], where, order_by=["attributes.start_time DESC"], max_results=1)
+    return str(found[0].info.run_id) if found else None
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

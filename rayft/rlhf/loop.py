@@ -80,12 +80,14 @@ class Loop:
         store: Store,
         heed: Callable[[], Notice | None],
         held_out: HeldOut | None = None,
+        gate: Callable[[int], None] | None = None,
     ) -> None:
-        """heed: says why to leave, if so; asked wherever the run can be left. held_out: measured as group `eval` says."""
+        """heed: says why to leave, if so; asked wherever the run can be left. held_out: measured as group `eval` says. gate: returns
+        once the report of a step is released, or the run should be left."""
         self.plan, self.job, self.rl = plan, plan.job, plan.job.rl
         self.prompts, self.roles, self.state = prompts, roles, state
         self.recorder, self.store, self._heed = recorder, store, heed
-        self.held_out = held_out
+        self.held_out, self._gate = held_out, gate
         self._saved_step, self._saving_s = state.step, 0.0
         self._finished = kept_finished(store, state.step, state.saved_epoch, prompts)
         self._ahead = Ahead() if self.job.rollout.lag else None
@@ -102,9 +104,10 @@ class Loop:
         if state.step == 0 and job.eval.before:
             roles.suites("before", 0)
             self._measure_held_out()
-        while state.step < self.plan.total_steps:
+        while self._more(state.step, state.position):
             if state.step and self.job.eval.every_steps and state.step % self.job.eval.every_steps == 0:
                 self._measure_held_out()
+                self._wait_at_gate()
             began = time.perf_counter()
             try:
                 step = self._next()
@@ -151,7 +154,7 @@ class Loop:
             self._record(step, lengths, metrics, results, critic_results, rate, time.perf_counter() - began)
             self._finished.clear()
             leave = self._heed()
-            if state.step % self.plan.checkpoint_every == 0 or state.step == self.plan.total_steps:
+            if state.step % self.plan.checkpoint_every == 0 or not self._more(state.step, state.position):
                 self._save()
             if leave:
                 self._leave()
@@ -163,6 +166,22 @@ class Loop:
 
     # -- the parts of the loop ---------------------------------------------------------------------------------
 
+    def _more(self, step: int, position: int) -> bool:
+        """Whether there are steps to take after so many: up to a number of steps, or up to a position, to which a run that began as
+        another one's fork may come in fewer or more steps."""
+        return step < self.plan.total_steps if self.plan.end is None else position < self.plan.end
+
+    def _wait_at_gate(self) -> None:
+        """Until whoever decides on the run has seen what was measured; leaves where the run should stop."""
+        if self._gate is None:
+            return
+        if self.state.step > self._saved_step:
+            self._save()
+        self._finish_saving()
+        self._gate(self.state.step)
+        if self._heed():
+            self._leave()
+
     def _next(self) -> Step:
         """The answers of the step, by the newest weights; or, one behind, those drawn while the last step trained, and the next
         step's are begun."""
@@ -171,7 +190,7 @@ class Loop:
         waited = time.perf_counter() - began
         sync = self._sync()
         step = drawn or self._answers(self.state.position)
-        if self._ahead and self.state.step + 1 < self.plan.total_steps:
+        if self._ahead and self._more(self.state.step + 1, step.next_position):
             self._ahead.begin(self._answers, step.next_position)
         if drawn:
             step.ahead, step.seconds = step.seconds, {"waiting": waited}

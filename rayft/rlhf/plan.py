@@ -134,7 +134,7 @@ def critic_job(job: Job, tokenizer: Any, node_dir: Path, say: Callable[[str], No
     It reads the policy's tokens, so a reward model with another vocabulary, with several heads or that cannot be packed does not do.
     """
     values = job.model_dump(
-        exclude={"rl", "rollout", "rewards", "placement", "dpo", "eval"}, exclude_unset=True
+        exclude={"rl", "rollout", "rewards", "placement", "dpo", "eval", "tune"}, exclude_unset=True
     )
     values |= {"method": "reward"}
     models = [source.path for source in job.rewards if source.type == "model"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +15,6 @@ from rich.console import Console
 from rayft.checkpoint import CheckpointReader, Lease
 from rayft.errors import PreemptedError, ResourceError, WorkerError
 from rayft.objectives.kl import KlController
-from rayft.report.lineage import write_lineage
 from rayft.report.progress import Progress
 from rayft.rlhf.group import RoleDied
 from rayft.rlhf.held_out import HeldOut
@@ -22,17 +23,23 @@ from rayft.rlhf.plan import RlPrepared, prepare
 from rayft.rlhf.roles import Roles, table_for
 from rayft.spec import Job
 from rayft.storage import Store, node_cache_dir
+from rayft.train import fork
 from rayft.train.draining import Drains
 from rayft.train.failures import Moving
 from rayft.train.finish import finish
 from rayft.train.fit import refuse_lost
 from rayft.train.group import Notice
 from rayft.train.history import End, refuse_other_origin
+from rayft.train.link import Link, Pauses
 from rayft.train.run import LookFirst, run_with
 from rayft.train.signals import StopSignals
 
 ASK_TIMEOUT_S = 60.0
 DRAINS_EVERY_S = 1.0
+#: The recorder may wait for an object store as long as its retries take.
+FLUSH_TIMEOUT_S = 600.0
+#: Seconds between looks at the lease while the run waits at a gate.
+HELD_EVERY_S = 2.0
 
 
 def run(
@@ -41,9 +48,14 @@ def run(
     console: Console | None = None,
     takeover: bool = False,
     look_first: LookFirst | None = None,
+    link: Link | None = None,
 ) -> int:
-    """Start or resume the run `job.name`; returns 0, or raises the RayftError that carries the exit code."""
-    return run_with(_run_under_lease, job, console=console, takeover=takeover, look_first=look_first)
+    """Start or resume the run `job.name`; returns 0, or raises the RayftError that carries the exit code.
+
+    link: through which somebody follows the run, and decides at its reports where it is gated. Outside of the main thread no signals are taken.
+    """
+    body = functools.partial(_run_under_lease, gated=link is not None and link.gated)
+    return run_with(body, job, console=console, takeover=takeover, look_first=look_first, link=link)
 
 
 def _run_under_lease(
@@ -55,14 +67,17 @@ def _run_under_lease(
     console: Console,
     signals: StopSignals,
     end_before: End | None,
+    *,
+    gated: bool,
 ) -> None:
     prepared = prepare(job, run_uri, lease.owner, console.print)
     refuse_other_origin(store, job.name, prepared.origin(), end_before)
-    write_lineage(store, prepared.origin())
+    plan = prepared.plan
+    fork.begin(job, store, lease, prepared.origin(), recorder, total=plan.total_steps, end=plan.end)
     devices = table_for(prepared.plan).devices
     ray.get(recorder.event.remote("plan", devices=devices, **prepared.memory), timeout=ASK_TIMEOUT_S)
     console.print(f"data: {prepared.prompts.rows} prompts")
-    driver = Driver(prepared, store, lease, recorder, console)
+    driver = Driver(prepared, store, lease, recorder, console, gated=gated)
     with signals.asking(driver.ask_to_stop):
         driver.train()
     finish(prepared.plan.job, prepared.files, store, recorder)
@@ -73,10 +88,18 @@ class Driver:
     """Attempts at a run, one after another, until it is done or has failed too often."""
 
     def __init__(
-        self, prepared: RlPrepared, store: Store, lease: Lease, recorder: Any, console: Console
+        self,
+        prepared: RlPrepared,
+        store: Store,
+        lease: Lease,
+        recorder: Any,
+        console: Console,
+        *,
+        gated: bool = False,
     ) -> None:
         self.prepared, self.plan, self.job = prepared, prepared.plan, prepared.plan.job
         self.store, self.lease, self.recorder, self.console = store, lease, recorder, console
+        self.gated = gated
         self._progress = Progress(console, self.plan.total_steps, every=self.job.log.every_steps)
         self._shown = 0
         self._notice: Notice | None = None
@@ -180,6 +203,7 @@ class Driver:
         skipped: list[str] = []
         lease = Lease(self.store, self.lease.owner)
         epoch, step = lease.resume(on_skip=lambda at, why: skipped.append(f"step {at}: {why}"))
+        fork.refuse_lost_beginning(self.job, step)
         message = "from the base model" if step is None else f"from the checkpoint of step {step}"
         workers = self.job.cluster.max_workers
         message += f" on {workers} worker{'s' if workers > 1 else ''}"
@@ -206,7 +230,23 @@ class Driver:
             self.store,
             self._heed,
             self._held_out,
+            self._wait_at_gate if self.gated else None,
         ).train()
+
+    def _wait_at_gate(self, step: int) -> None:
+        """Return once the report of a step is released, or the run should be left."""
+        pauses, first, looked = Pauses(), True, time.monotonic()
+        while self._notice is None:
+            asked = self.recorder.at_gate.remote(step, first=first)
+            opened, _ = ray.get(asked, timeout=FLUSH_TIMEOUT_S)
+            if opened:
+                return
+            first = False
+            if time.monotonic() - looked > HELD_EVERY_S:
+                looked = time.monotonic()
+                self.show()
+                refuse_lost(self.lease)
+            pauses.rest()
 
     def _heed(self) -> Notice | None:
         """Why to leave, if so; shows what is new on the way."""

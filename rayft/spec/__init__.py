@@ -22,18 +22,22 @@ from rayft.spec.groups import (
 from rayft.spec.job import Job
 from rayft.spec.load import changed_keys, dump_job, job_schema, load_job, parse_job
 from rayft.spec.rl import METHODS, RewardSource, Rl, Rollout
+from rayft.spec.tune import Bound, Dimension, Objective, Tune
 
 __all__ = [
     "METHODS",
     "Adapter",
+    "Bound",
     "Checkpoint",
     "Cluster",
     "Data",
+    "Dimension",
     "Dpo",
     "Eval",
     "Job",
     "Log",
     "Model",
+    "Objective",
     "Reward",
     "RewardSource",
     "Rl",
@@ -41,6 +45,7 @@ __all__ = [
     "Source",
     "Suite",
     "Train",
+    "Tune",
     "Zero",
     "changed_keys",
     "dump_job",

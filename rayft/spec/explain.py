@@ -21,6 +21,12 @@ ELSEWHERE = {
     "lora_rank": "adapter.lora_r",
     "max_seq_length": "data.max_length",
     "max_seq_len": "data.max_length",
+    "num_samples": "tune.num_trials",
+    "n_trials": "tune.num_trials",
+    "search_alg": "tune.searcher",
+    "grace_period": "tune.grace_steps",
+    "perturbation_interval": "tune.perturb_steps",
+    "quantile_fraction": "tune.quantile",
 }
 
 

@@ -386,6 +386,30 @@ class Checkpoint(Group):
     on_failure: Literal["stop", "continue"] = Field(
         "stop", description="What a checkpoint that storage refuses does to the run."
     )
+    fork_from: str | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="RUN_FOLDER@STEP: a run without a checkpoint of its own begins from that one of another run (weights, "
+        "optimizer, place in the data), with this job's settings. Model, method, adapter, rows and seed must be the same.",
+    )
+
+    @field_validator("fork_from")
+    @classmethod
+    def _names_run_and_step(cls, value: str | None) -> str | None:
+        run, _, step = (value or "").rpartition("@")
+        if value is not None and not (run and step.isascii() and step.isdigit() and int(step) > 0):
+            raise ValueError(
+                f"checkpoint.fork_from {value!r} is not of the form RUN_FOLDER@STEP (such as runs/mine@40)"
+            )
+        return value
+
+    @property
+    def fork(self) -> tuple[str, int] | None:
+        """Folder of the run that this one begins from, and the step; None where it begins from the model."""
+        if self.fork_from is None:
+            return None
+        run, _, step = self.fork_from.rpartition("@")
+        return run, int(step)
 
 
 class Suite(Group):
@@ -437,3 +461,13 @@ class Log(Group):
     tensorboard: bool = False
     mlflow: str | None = Field(None, description="Tracking URI.")
     wandb: str | None = Field(None, description="Project.")
+    group: str | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="What runs that belong together have in common, in W&B its group, in MLflow a parent run; a search gives its name.",
+    )
+    hparams: dict[str, Any] = Field(
+        default_factory=dict,
+        exclude_if=lambda value: not value,
+        description="Keys and values by which such runs differ, for TensorBoard's HParams; a search gives its trials'.",
+    )

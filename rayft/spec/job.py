@@ -25,6 +25,8 @@ from rayft.spec.groups import (
     Zero,
 )
 from rayft.spec.rl import METHODS, Place, Placement, RewardSource, Rl, Rollout
+from rayft.spec.search import check_search
+from rayft.spec.tune import Tune
 
 #: A run's name is a folder of the storage and part of a submission's: no separator, and no `.` or `-` at either end.
 RUN_NAME = r"[a-z0-9]([-a-z0-9_.]{0,61}[a-z0-9])?"
@@ -66,6 +68,11 @@ class Job(Group):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     eval: Eval = Field(default_factory=Eval)
     log: Log = Field(default_factory=Log)
+    tune: Tune | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="Makes the job a search, `rayft tune`: its other groups are what every trial has in common.",
+    )
 
     @model_validator(mode="after")
     def _groups_agree(self) -> Job:
@@ -108,6 +115,8 @@ class Job(Group):
             raise ValueError(
                 "zero.offload_optimizer keeps fp32 master weights; it contradicts train.precision pure_bf16"
             )
+        if self.tune:
+            check_search(self)
         return self
 
     @property

@@ -83,7 +83,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             f"The override {override!r} is not of the form group.key=value.",
             "Write for example train.learning_rate=1e-4.",
         )
-    value = _override_value(text)
+    set_key(values, key, _override_value(text), said=f"The override {override!r}")
+
+
+def set_key(values: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Set a dotted key in the raw mapping. said: what is being done, for the errors. Raises JobError."""
     node: Any = values
     *parents, leaf = key.split(".")
     for depth, part in enumerate(parents):
@@ -94,7 +98,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         node[leaf] = value
     else:
         raise JobError(
-            f"The override {override!r} reaches into {key.rpartition('.')[0]!r}, which is a plain value.",
+            f"{said} reaches into {key.rpartition('.')[0]!r}, which is a plain value.",
             "`rayft schema` lists every key.",
         )
 
@@ -134,7 +138,11 @@ def job_schema() -> dict[str, Any]:
 RESUMABLE_KEYS = (
     "cluster.",
     "log.",
-    "checkpoint.",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "checkpoint.backlog",
+    "checkpoint.commit_timeout_s",
+    "checkpoint.on_failure",
     "zero.",
     "deepspeed.",
     "train.micro_batch_size",
@@ -149,6 +157,12 @@ RESUMABLE_KEYS = (
     "eval.before",
     "storage",
     "data.cache",
+    "tune.num_trials",
+    "tune.max_concurrent",
+    "tune.share",
+    "tune.time_budget_s",
+    "tune.gpu_hours",
+    "tune.oom_retries",
 )
 
 

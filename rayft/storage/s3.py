@@ -138,13 +138,19 @@ class S3Store(Store):
         return replace(found, part_bytes=part_bytes)
 
     def upload(self, path: Path, key: str) -> None:
-        size = path.stat().st_size
+        file, name = LocalStore(path.absolute().parent), path.name
+        size = file.size(name)
         if size <= self.part_bytes:
-            self.put(key, path.read_bytes())
+            self.put(key, file.get(name))
             return
         part_bytes = self._part_bytes(size)
-        starts = range(0, size, part_bytes)
-        self._put_multipart(key, size, [partial(_read_file, path, at, part_bytes) for at in starts])
+
+        def part(at: int) -> bytearray:
+            out = bytearray(min(part_bytes, size - at))
+            file.read_into(name, at, memoryview(out))
+            return out
+
+        self._put_multipart(key, size, [partial(part, at) for at in range(0, size, part_bytes)])
 
     def download(self, key: str, path: Path) -> None:
         size = self.size(key)
@@ -157,6 +163,34 @@ class S3Store(Store):
                 yield block
 
         LocalStore(path.absolute().parent).put_parts(path.name, blocks())
+
+    def copy_from(self, source: Store, source_key: str, key: str) -> None:
+        """`Store.copy_from`; between buckets the service copies."""
+        if not isinstance(source, S3Store):
+            super().copy_from(source, source_key, key)
+            return
+        size, there = source.size(source_key), source._at(source_key)
+        doing = f"Copying {source.where(source_key)} to"
+        if size <= self.part_bytes:
+            self._request(doing, key, "copy_object", CopySource=there)
+            return
+        part_bytes = self._part_bytes(size)
+
+        def send(upload_id: str, number: int) -> dict[str, Any]:
+            first = (number - 1) * part_bytes
+            last = min(first + part_bytes, size) - 1
+            sent: dict[str, Any] = self._request(
+                doing,
+                key,
+                "upload_part_copy",
+                UploadId=upload_id,
+                PartNumber=number,
+                CopySource=there,
+                CopySourceRange=f"bytes={first}-{last}",
+            )["CopyPartResult"]
+            return sent
+
+        self._multipart(key, size, -(-size // part_bytes), send)
 
     def list(self, prefix: str = "") -> Entries:
         pages = self._pages(
@@ -278,21 +312,32 @@ class S3Store(Store):
     def _changed(self, key: str) -> ObjectChanged:
         return ObjectChanged(f"{self.where(key)} was overwritten while it was read.", "Start again.")
 
-    def _put_multipart(self, key: str, total: int, parts: Sequence[Callable[[], bytes]]) -> None:
+    def _put_multipart(self, key: str, total: int, parts: Sequence[Callable[[], Data]]) -> None:
         """Upload the parts that the callables give; the object appears when all are there, or not at all."""
-        upload_id = self._request("Writing", key, "create_multipart_upload")["UploadId"]
 
-        def send(number: int) -> dict[str, Any]:
-            sent = self._request(
+        def send(upload_id: str, number: int) -> dict[str, Any]:
+            sent: dict[str, Any] = self._request(
                 "Writing", key, "upload_part", UploadId=upload_id, PartNumber=number, Body=parts[number - 1]()
             )
+            return sent
+
+        self._multipart(key, total, len(parts), send)
+
+    def _multipart(
+        self, key: str, total: int, count: int, send: Callable[[str, int], dict[str, Any]]
+    ) -> None:
+        """Have `send(upload, number)` bring the parts 1 to `count`, in parallel, and put them together."""
+        upload_id = self._request("Writing", key, "create_multipart_upload")["UploadId"]
+
+        def bring(number: int) -> dict[str, Any]:
+            sent = send(upload_id, number)
             checksums = {
                 name: sent[name] for name in sent if name.startswith("Checksum") and name != "ChecksumType"
             }
             return {"PartNumber": number, "ETag": sent["ETag"], **checksums}
 
         try:
-            sent = self._parallel(send, range(1, len(parts) + 1))
+            sent = self._parallel(bring, range(1, count + 1))
             self._call("Writing", key, lambda attempt: self._complete(key, upload_id, sent, total, attempt))
         except BaseException:
             self._abort(key, upload_id)
@@ -355,12 +400,6 @@ class _Joined:
                 length -= len(pieces[-1])
             start = max(0, start - len(view))
         return b"".join(pieces)
-
-
-def _read_file(path: Path, start: int, length: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read(length)
 
 
 def _version(fields: dict[str, Any]) -> str:

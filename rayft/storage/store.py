@@ -107,6 +107,15 @@ class Store(ABC):
         """Store `data` at `key`, atomically and durably."""
         self.put_parts(key, [data])
 
+    def copy_from(self, source: Store, source_key: str, key: str) -> None:
+        """Store the object `source_key` of another store at `key`, atomically, by way of this process where need be."""
+        if (path := source.local_path(source_key)) is not None:
+            self.upload(path, key)
+        elif (path := self.local_path(key)) is not None:
+            source.download(source_key, path)
+        else:
+            raise NotImplementedError(f"from {source.uri} to {self.uri}")
+
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes of the object from `start`; an object too short for that is an error."""
         out = bytearray(length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -62,13 +63,17 @@ def refuse_impossible(cluster: Cluster) -> None:
 
 
 def may_grow() -> bool:
-    """Whether an autoscaler might add nodes (it writes its configuration into Ray's internal store)."""
+    """Whether an autoscaler might add nodes: it leaves its state in Ray's internal store, each version of its own kind."""
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
     from ray.experimental.internal_kv import _internal_kv_get
 
-    return bool(
-        _internal_kv_get(b"__autoscaling_config")
-        or _internal_kv_get(b"__autoscaler_v2_enabled", namespace=b"autoscaler") == b"1"
-    )
+    # Names of src/ray/common/constants.h.
+    if _internal_kv_get(b"__autoscaler_v2_enabled", namespace=b"__autoscaler") == b"1":
+        return True
+    # Version 1 also watches clusters of which it has no configuration; there every node is of a type of its own.
+    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    types = (status.get("autoscaler_report") or {}).get("active_nodes") or {}
+    return any(not name.startswith("node_") for name in types)
 
 
 def _fits(there: dict[str, float], need: dict[str, float]) -> int:

@@ -34,7 +34,7 @@ class RunPlan:
 
     owner: identity of the driver in the lease. stage: ZeRO stage. packed: whether documents share a row.
     train_spec, eval_spec: the tokenised cache. total_steps: optimizer steps of the run
-    (at most, where it ends at position `end`).
+    (at most, where it ends at position `end`). gated: whether the ranks wait after each report (rayft.train.link).
     """
 
     job: Job
@@ -48,6 +48,7 @@ class RunPlan:
     total_steps: int
     end: int | None
     checkpoint_every: int
+    gated: bool = False
 
 
 def worker_environment(job: Job, stage: int) -> dict[str, str]:

@@ -49,6 +49,11 @@ def plan_job(job: Job) -> int:
     scorers = scorer_architectures(reward_model_folders(job))
     choice = choose(job, architecture, memory_limit(job), scorers)
     render(job, architecture, choice, console, gpu, scorers)
+    if job.tune:
+        console.print(
+            "This is one trial of the search, with the job's own values; those of tune.space, and trials beside it on one machine, "
+            "are not planned."
+        )
     rows = read_log(open_store(job.storage).child(job.name))
     peaks = [row["peak_memory_gb"] for row in rows if row["kind"] == "step" and row.get("peak_memory_gb")]
     if peaks:

@@ -41,6 +41,7 @@ class Recorder:
         self.ending: RayftError | None = None
         self.notice: Notice | None = None
         self.moved = 0
+        self._released = -1
         self._waiting_since: float | None = None
 
     def open(self, began: float, owner: dict[str, str]) -> None:
@@ -132,6 +133,16 @@ class Recorder:
             self.notice = Notice(reason, moving=True)
             self.moved += 1
             self.event("drain", f"{reason}; the run saves and goes on elsewhere")
+
+    def release(self, step: int) -> None:
+        """Open the gates of a gated run up to that of the report at `step`."""
+        self._released = max(self._released, step)
+
+    def at_gate(self, step: int, *, first: bool) -> tuple[bool, Notice | None]:
+        """Whether the gate at the report of `step` is open, and why to leave, if so. first: whether this is the first look."""
+        if first:  # no row of the log: a run that waits is to read like any other
+            self.rows.append({"time": time.time(), "kind": "gate", "step": step})
+        return self._released >= step, self.notice
 
     def heard(self) -> bool:
         """Whether the ranks should leave."""

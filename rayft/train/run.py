@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib
 import threading
 import time
@@ -15,16 +17,17 @@ from rich.console import Console
 
 from rayft.checkpoint import Lease
 from rayft.errors import JobError, RayftError
-from rayft.report.lineage import write_lineage
 from rayft.report.page import write_page
 from rayft.report.progress import Progress
 from rayft.report.trackers import wanted_trackers
 from rayft.spec import Job
 from rayft.storage import Store, open_store
+from rayft.train import fork
 from rayft.train.account import owner_of_run
 from rayft.train.cluster import connect, refuse_impossible
 from rayft.train.finish import finish, show_result
 from rayft.train.history import End, EndedBefore, already_ended, refuse_other_origin, take_job
+from rayft.train.link import Link
 from rayft.train.prepare import prepare
 from rayft.train.recorder import start_recorder
 from rayft.train.requests import StopRequests
@@ -51,9 +54,14 @@ def run(
     console: Console | None = None,
     takeover: bool = False,
     look_first: LookFirst | None = None,
+    link: Link | None = None,
 ) -> int:
-    """Start or resume the run `job.name`; returns 0, or raises the RayftError that carries the exit code."""
-    return run_with(_run_under_lease, job, console=console, takeover=takeover, look_first=look_first)
+    """Start or resume the run `job.name`; returns 0, or raises the RayftError that carries the exit code.
+
+    link: through which somebody follows the run, and decides at its reports where it is gated. Outside of the main thread no signals are taken.
+    """
+    body = functools.partial(_run_under_lease, gated=link is not None and link.gated)
+    return run_with(body, job, console=console, takeover=takeover, look_first=look_first, link=link)
 
 
 def run_with(
@@ -63,6 +71,7 @@ def run_with(
     console: Console | None = None,
     takeover: bool = False,
     look_first: LookFirst | None = None,
+    link: Link | None = None,
 ) -> int:
     """`run`, whatever the method does between start and end."""
     console = console or Console()
@@ -71,7 +80,7 @@ def run_with(
     if already_ended(store, job, console):
         return 0
     with StopSignals() as signals:
-        _run(body, job, store, run_uri, console, signals, takeover=takeover, look_first=look_first)
+        _run(body, job, store, run_uri, console, signals, takeover=takeover, look_first=look_first, link=link)
     show_result(store, job, console)
     return 0
 
@@ -86,6 +95,7 @@ def _run(
     *,
     takeover: bool,
     look_first: LookFirst | None,
+    link: Link | None,
 ) -> None:
     lease = Lease.acquire(store, {"job": job.name}, takeover=takeover, on_wait=console.print)
     lease.start_heartbeat()
@@ -100,6 +110,8 @@ def _run(
             refuse_impossible(job.cluster)
             recorder = start_recorder(job, run_uri, lease.owner, lease.epoch)
             ray.get(recorder.open.remote(began, owner_of_run()), timeout=ASK_TIMEOUT_S)
+            if link is not None:
+                link.attach(recorder, signals.request)
             if look_first is not None:
                 look_first(job, run_uri, recorder, console)
             elif job.cluster.preflight:
@@ -115,6 +127,8 @@ def _run(
         _record_end(recorder, store, 1, f"{type(error).__name__}: {error}")
         raise
     finally:
+        if link is not None:
+            link.detach()
         lease.release()
 
 
@@ -127,13 +141,17 @@ def _run_under_lease(
     console: Console,
     signals: StopSignals,
     end_before: End | None,
+    *,
+    gated: bool,
 ) -> None:
     from rayft.train.fit import fit_group
 
     cache_uri = absolute_uri(job.data.cache) if job.data.cache else run_uri.rpartition("/")[0] + "/cache"
     prepared = prepare(job, run_uri, cache_uri, lease.owner, console.print)
+    prepared = dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, gated=gated))
     refuse_other_origin(store, job.name, prepared.origin(), end_before)
-    write_lineage(store, prepared.origin())
+    plan = prepared.plan
+    fork.begin(job, store, lease, prepared.origin(), recorder, total=plan.total_steps, end=plan.end)
     ray.get(recorder.event.remote("plan", **prepared.memory), timeout=ASK_TIMEOUT_S)
     progress = Progress(console, prepared.plan.total_steps, every=job.log.every_steps)
 

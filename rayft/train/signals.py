@@ -34,6 +34,9 @@ class StopSignals:
         self._ask: Callable[[str], Any] | None = None
         self._before: dict[int, Any] = {}
         self._requested = ""
+        self._unheard = ""
+        #: Between a wish from another thread and the start of training; a signal's handler never takes it.
+        self._lock = threading.Lock()
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -62,8 +65,12 @@ class StopSignals:
 
     @contextlib.contextmanager
     def asking(self, ask: Callable[[str], Any]) -> Iterator[None]:
-        """While inside, the first signal calls `ask` with its name, in a thread of its own."""
-        self._ask = ask
+        """While inside, the first signal calls `ask` with its name, in a thread of its own. Raises PreemptedError where a wish
+        came before, to a run that is not in the main thread."""
+        with self._lock:
+            if self._unheard:
+                raise interrupted(self._unheard)
+            self._ask = ask
         try:
             yield
         finally:
@@ -74,8 +81,11 @@ class StopSignals:
         self._requested = reason
         if self._before:
             os.kill(os.getpid(), signal.SIGTERM)
-        elif ask := self._ask:
-            self._ask = None
+            return
+        with self._lock:
+            ask, self._ask = self._ask, None
+            self._unheard = "" if ask else reason
+        if ask:
             ask(reason)
 
     def _handle(self, number: int, _: FrameType | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -24,7 +26,9 @@ from rayft.train import setup
 from rayft.train.account import placing_s
 from rayft.train.evaluate import EarlyStopping, evaluation_loss, evaluation_steps, measure_suites
 from rayft.train.failures import Moving, diverged
+from rayft.train.fork import refuse_lost_beginning
 from rayft.train.group import NO_MORE_SHARDS, Notice, RunPlan
+from rayft.train.link import Pauses
 from rayft.train.reference import compute_references
 from rayft.train.retention import Retention
 
@@ -83,7 +87,9 @@ class Worker:
         """The run, from where it stands to its end."""
         if self.step == 0 and self.job.eval.before:
             self._suites("before")
-        while self.step < self.plan.total_steps and not self.stopping.stop:
+        while self._more() and not self.stopping.stop:
+            if self._at_report():
+                self._wait_at_gate()
             started = time.perf_counter()
             try:
                 step_plan = self._plan_step()
@@ -114,7 +120,8 @@ class Worker:
             if (
                 self.stopping.stop
                 or self._due(self.plan.checkpoint_every)
-                or self.step == self.plan.total_steps
+                or self._at_report()
+                or not self._more()
             ):
                 self._save()
             if leave:
@@ -126,6 +133,36 @@ class Worker:
         self.learner.close()
 
     # -- the parts of the loop ---------------------------------------------------------------------------------
+
+    def _more(self) -> bool:
+        """Whether there are steps to take: up to a number of steps, or up to a position, to which a run that began as another one's
+        fork may come in fewer or more steps."""
+        end = self.plan.end
+        return self.step < self.plan.total_steps if end is None else self.position < end
+
+    def _at_report(self) -> bool:
+        """Whether the run must not go on beyond this step before whoever decides on it has seen what was measured."""
+        return self.plan.gated and self.step > 0 and self._due(self.job.eval.every_steps)
+
+    def _wait_at_gate(self) -> None:
+        """Until the report of this step is released; leaves where the run should stop. It may take long, as others may have to report
+        first. It ends with the driver, whose death ends the recorder and the ranks."""
+        self._finish_saving(last=False)
+        pauses, first, beaten = Pauses(), True, -math.inf
+        while True:
+            if time.monotonic() - beaten > BEAT_EVERY_S:
+                beaten = time.monotonic()
+                self._beat("gate")
+            opened = False
+            if self.rank == 0:
+                asked = self.recorder.at_gate.remote(self.step, first=first)
+                opened, notice = ray.get(asked, timeout=FLUSH_TIMEOUT_S)
+                self.notice, first = notice or self.notice, False
+            if self._agree_to_leave():
+                self._leave()
+            if setup.agree(opened, torch.device("cpu"), self.control):
+                return
+            pauses.rest()
 
     def _agree_to_leave(self, *, at_once: bool = False) -> bool:
         """Whether any rank has heard that they should; at_once: before the step is done, which a shard that cannot be made does
@@ -236,12 +273,12 @@ class Worker:
         self._look_at_commits()
         self.saving_s = time.perf_counter() - began
 
-    def _finish_saving(self) -> None:
+    def _finish_saving(self, *, last: bool = True) -> None:
         self._beat("checkpoint")
         try:
             self.writer.wait()
         except StorageError as error:
-            self._checkpoint_failed(error, last=True)
+            self._checkpoint_failed(error, last=last)
         self._look_at_commits()
         self.retention.wait()
 
@@ -298,6 +335,7 @@ class Worker:
             try:
                 lease = Lease(self.store, self.plan.owner)
                 epoch, step = lease.resume(on_skip=lambda at, why: skipped.append(f"step {at}: {why}"))
+                refuse_lost_beginning(self.job, step)
                 message = "from the base model" if step is None else f"from the checkpoint of step {step}"
                 message += f" on {self.world_size} worker{'s' if self.world_size > 1 else ''}"
                 attempt = ray.get(
@@ -341,8 +379,13 @@ class Worker:
     def _steps_from(self, position: int) -> Iterator[StepPlan]:
         """The steps that are left, as training will plan them."""
         done, self.position = self.position, position
+        steps = (
+            range(self.resumed_step or 0, self.plan.total_steps)
+            if self.plan.end is None
+            else itertools.count()
+        )
         try:
-            for _ in range(self.resumed_step or 0, self.plan.total_steps):
+            for _ in steps:
                 step = self._plan_step()
                 if step.rows == 0:
                     return

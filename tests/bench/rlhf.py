@@ -54,8 +54,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 REWARD = '''
 def digits(completions, **_):
-    """Something to learn that costs nothing to score."""
-    return [sum(c.isdigit() for c in text) / 64 for text in completions]
+    """Something to learn that costs nothing to score. TRL gives an answer to messages as messages."""
+    texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
+    return [sum(c.isdigit() for c in text) / 64 for text in texts]
 '''
 
 

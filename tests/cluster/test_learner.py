@@ -62,7 +62,7 @@ def _grid(folder: Path, cells: list[tuple[int, int, bool]]) -> dict[tuple[int, i
     return losses
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_same_losses_however_the_step_is_split(folder: Path, world_size: int) -> None:
     """{1, 2 ranks} x {ZeRO 0 to 3} x {accumulation 1, 4} x {packed, not}: the losses of a plain loop, to 1e-5."""
     plan = plan_of(small_job(folder), folder, stage=0, packed=True)

@@ -24,6 +24,7 @@ from rayft.fleet.follow import follow
 from rayft.storage import LocalStore
 from tests.cluster.steps import prepare_folder, small_job
 from tests.runs import ROOT, assert_same_state, events, step_reached, wait_until, write_job
+from tests.searches import RATE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -269,6 +270,33 @@ def test_a_run_that_does_not_answer_is_stopped(
     out = "".join(capfd.readouterr())
     assert "It has not ended within 0 s; stopping its submission." in out
     assert "mute-1 ended with code 8" in out
+
+
+@pytest.mark.full
+def test_a_search_is_submitted_like_a_run_and_its_trials_are_counted(
+    here: LocalCluster, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Trials of both CPUs, so one after the other."""
+    rows: dict[str, Any] = {"path": "rows.jsonl"}
+    job = small_job(
+        folder,
+        name="sweep",
+        storage=str(folder / "shared"),
+        model={"path": "model"},
+        data={"train": [{**rows, "limit": 40}], "eval": [{**rows, "limit": 8}]},
+        train={"max_steps": 4},
+        eval={"every_steps": 2},
+        checkpoint={"every_steps": 2},
+        cluster={"num_workers": 2},
+        tune={"space": {RATE: {"grid": [1e-3, 1e-2]}}, "searcher": "grid", "metric": "eval.loss"},
+    )
+    path = write_job(job, folder / "sweep.yaml").name
+    assert main(["submit", path, "--address", here.address]) == 0, "".join(capfd.readouterr())
+    assert "Best: t000" in "".join(capfd.readouterr())
+    assert main(["status", "sweep", "--address", here.address]) == 0
+    assert "trials: 2 done" in "".join(capfd.readouterr())
+    assert store_of(folder, "sweep").exists("best.yaml")
+    assert main(["submit", path, "--address", here.address]) == 0, "what is over is not run again"
 
 
 @pytest.mark.full

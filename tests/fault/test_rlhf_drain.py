@@ -73,9 +73,7 @@ def whole_of(kind: str, folder: Path, wholes: dict[str, Path]) -> Path:
     return wholes[kind]
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind == "grpo" else pytest.mark.full) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.full) for kind in KINDS])
 def test_it_goes_on_elsewhere(kind: str, folder: Path, wholes: dict[str, Path], nodes: Nodes) -> None:
     """Two of three nodes are in use; two are taken away one after another, and one comes."""
     whole = whole_of(kind, folder, wholes)

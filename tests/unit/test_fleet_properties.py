@@ -139,6 +139,15 @@ def jobs(draw: st.DrawFn) -> Job:
         values["placement"] = {"rollout": apart} if engines and draw(st.booleans()) else {}
         if draw(st.booleans()):
             values["placement"]["rewards"] = {"apart": True, "cpus": 2}
+    if draw(st.integers(0, 2)) == 0:
+        values["name"] = values["name"][:30] + "s"
+        values["tune"] = {
+            "space": {"train.learning_rate": {"loguniform": [1e-5, 1e-3]}},
+            "metric": "train.loss",
+            "num_trials": draw(st.integers(1, 200)),
+            "max_concurrent": draw(st.none() | st.integers(1, 20)),
+            "share": draw(st.sampled_from([0.1, 0.5, 1.0])),
+        }
     return parse_job(values)
 
 

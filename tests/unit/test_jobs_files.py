@@ -75,7 +75,7 @@ def test_the_rewards_of_triage(answer: str, fields: float, exact: float) -> None
     assert reward.exact([""], [answer], right) == [exact]
 
 
-@pytest.mark.parametrize("name", ["sft_hub_gpu", "grpo_hub_gpu", "ppo_hub_gpu"])
+@pytest.mark.parametrize("name", ["sft_hub_gpu", "grpo_hub_gpu", "ppo_hub_gpu", "tune_hub_gpu"])
 def test_the_gpu_jobs_plan_within_their_gpus(name: str) -> None:
     """The multi-node jobs' memory plans fit the GPU they name, from a config alone."""
     from rayft.plan.architecture import read_architecture
@@ -114,3 +114,14 @@ def test_the_gpu_jobs_fill_their_nodes(name: str, nodes: int) -> None:
     refuse_beyond(table, there)
     with pytest.raises(ResourceError, match="GPU"):
         refuse_beyond(table, there[1:])
+
+
+def test_a_trial_of_the_gpu_search_fills_a_node() -> None:
+    """And half of a fleet holds half as many."""
+    from rayft.tune.capacity import bundles_of, trials_that_fit
+
+    job = load_job(ROOT / "jobs" / "tune_hub_gpu.yaml")
+    assert job.tune is not None
+    nodes = [{"CPU": 128.0, "GPU": 8.0}] * 4
+    assert trials_that_fit(bundles_of(job), nodes) == 4
+    assert trials_that_fit(bundles_of(job), nodes, job.tune.share) == 2

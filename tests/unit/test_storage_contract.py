@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import threading
 from pathlib import Path
 
@@ -45,6 +46,10 @@ def test_missing_objects_are_named(store: Store, tmp_path: Path) -> None:
             read("no/such/key")
     with pytest.raises(ObjectNotFound, match="no/such/key"):
         store.get_range("no/such/key", 0, 4)
+    for path in (tmp_path / "no-such-file", tmp_path):
+        with pytest.raises(ObjectNotFound, match=path.name):
+            store.upload(path, "key")
+    assert not store.exists("key")
 
 
 def test_reading_past_the_end_is_an_error(store: Store) -> None:
@@ -140,3 +145,23 @@ def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_store("gs://x/y")
     with pytest.raises(JobError, match="names no bucket"):
         open_store("s3://")
+
+
+@pytest.mark.parametrize("origin", ["local", "s3"])
+@pytest.mark.parametrize("size", [0, 9, 2 * PART + 7])
+def test_objects_are_copied_from_another_store(
+    origin: str, size: int, store: Store, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = (
+        open_store(tmp_path / "source")
+        if origin == "local"
+        else S3Store(request.getfixturevalue("s3_bucket"), "other", part_bytes=PART)
+    )
+    data = random.Random(size).randbytes(size)
+    source.put("a/there", data)
+    store.copy_from(source, "a/there", "b/here")
+    source.delete(["a/there"])
+    assert store.get("b/here") == data
+    with pytest.raises(ObjectNotFound, match="a/there"):
+        store.copy_from(source, "a/there", "b/never")
+    assert not store.exists("b/never")

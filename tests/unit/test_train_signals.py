@@ -61,3 +61,27 @@ def test_a_late_shard_that_fails_has_the_ranks_save_first() -> None:
     impatient = LateShards(Broken(), asked.append, patience_s=0)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="row 7"):
         impatient.advance()
+
+
+def test_a_wish_before_training_is_heard_when_it_would_begin() -> None:
+    """Outside of the main thread, where no signal reaches a run."""
+    asked: list[str] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        with StopSignals() as signals:
+            signals.request("not wanted any more")
+            try:
+                with signals.asking(asked.append):
+                    asked.append("trained")
+            except PreemptedError as error:
+                raised.append(error)
+        with StopSignals() as signals, signals.asking(asked.append):
+            signals.request("enough")
+            signals.request("enough, again")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(30)
+    assert "not wanted any more" in str(raised[0])
+    assert asked == ["enough"]

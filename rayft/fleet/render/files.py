@@ -21,6 +21,7 @@ from rayft.fleet.render.secrets import refuse_secrets
 from rayft.model.locate import is_hub_id
 from rayft.spec import Job, parse_job
 from rayft.spec.profile import Profile
+from rayft.spec.search import jobs_of_lists
 
 #: The folder in the zip that Ray takes off.
 TOP = "job"
@@ -96,6 +97,15 @@ def pack(job: Job, profile: Profile) -> Packed:
             source["path"] = f"{_add(Path(found[0]).expanduser(), where, packed)}:{found[2]}"
     _refuse_local_places(job, profile)
     packed.job = parse_job({**values, "storage": own})
+    for key, trial in jobs_of_lists(job) if job.tune else ():
+        there = pack(trial, profile)
+        if _value(there.job, key) != _value(trial, key):
+            raise JobError(
+                f"tune.space.{key}: {_value(trial, key)!r} would have another name where the trials run, and lists of values stay as "
+                "they are.",
+                "Name a hub id, or what lies on storage, by its place there.",
+            )
+        packed.files |= there.files
     return packed
 
 
@@ -211,6 +221,14 @@ def _refuse_local_places(job: Job, profile: Profile) -> None:
             f"log.mlflow {job.log.mlflow} is a folder of the pod, which is lost with it.",
             "Give the URI of a tracking server.",
         )
+
+
+def _value(job: Job, key: str) -> Any:
+    """What a job has at a dotted key."""
+    node: Any = job.model_dump(mode="json")
+    for part in key.split("."):
+        node = node[int(part)] if isinstance(node, list) else (node or {}).get(part)
+    return node
 
 
 def _on_volume(path: str, profile: Profile) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rayft.errors import JobError, ResourceError
 from rayft.fleet.render.pack import Need, Pods, Room, fits_alone, packed
+from rayft.fleet.render.search import drivers_mib, granted, on_its_own, refuse_other_sizes, trials_at_once
 from rayft.plan.architecture import Architecture
 from rayft.plan.checkpoint import SaveTime, checkpoint_bytes, estimated
 from rayft.plan.choose import FILL, Choice, choose, suggest
@@ -57,11 +59,12 @@ def size(
     architecture: Architecture | None,
     scorers: Mapping[str, Architecture] | None = None,
 ) -> Size:
-    """The run's size on the fleet of a profile.
+    """The run's size on the fleet of a profile; of a search that of as many trials as may run at a time.
 
     architecture: of the model; None where it cannot be had, and then nothing is known of memory. Raises ResourceError, with
     what was asked for and what there is, and JobError for a GPU that the fleet has not.
     """
+    refuse_other_sizes(job)
     refuse_beyond_limits(job, profile)
     refusal: ResourceError | None = None
     for name, node in _types(job, profile):
@@ -74,17 +77,26 @@ def size(
 
 
 def refuse_beyond_limits(job: Job, profile: Profile) -> None:
-    """Raise ResourceError for a run larger than the profile lets one be."""
-    for asked, most, what in (
+    """Raise ResourceError for a run, or a trial of a search, larger than the profile lets one be."""
+    one, whole, by = (
+        ("A trial", "search", " x search_share or tune.share") if job.tune else ("The run", "run", "")
+    )
+    for asked, limit, what in (
         (job.cluster.max_workers, profile.limits.workers, "workers"),
-        (sum(gpus for gpus, _, _ in processes(job)), profile.limits.gpus, "gpus"),
+        (gpus_of(job), profile.limits.gpus, "gpus"),
     ):
+        most = granted(limit, job, profile)
         if asked > most:
             raise ResourceError(
-                f"The run asks for {asked:g} {what.replace('gpus', 'GPUs')}, and profile {profile.name} lets a run have {most} "
-                f"(limits.{what}).",
+                f"{one} asks for {asked:g} {what.replace('gpus', 'GPUs')}, and profile {profile.name} lets a {whole} have "
+                f"{most} (limits.{what}{by}).",
                 "Ask for fewer, or take another profile.",
             )
+
+
+def gpus_of(job: Job) -> float:
+    """GPUs of all processes of the run, or of a trial."""
+    return sum(gpus for gpus, _, _ in processes(job))
 
 
 def processes(job: Job) -> list[tuple[float, float, str]]:
@@ -140,8 +152,9 @@ def _on(
     room = _room_of(node, profile)
     notes: list[str] = []
     choice = None
+    beside = drivers_mib(job, trials_at_once(job, profile, gpus_of(job)))
     if architecture is None:
-        needs = _needs(job, room, None, None)
+        needs = _needs(job, room, None, None, 0)
         if not node.gpus:
             notes.append(
                 "The model could not be looked at from here: memory is the nodes' by share, not by plan."
@@ -151,30 +164,46 @@ def _on(
         job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"gpu": gpu.name})})
         limit = int(gpu.memory * min(1.0, job.cluster.gpus_per_worker))
         choice = _chosen(job, name, architecture, limit, scorers)
-        needs = _needs(job, room, choice, architecture)
+        needs = _needs(job, room, choice, architecture, beside)
     else:
-        choice, needs = _densest(job, name, room, architecture, scorers)
+        choice, needs = _densest(job, name, room, architecture, scorers, beside)
     if choice:
         job = job.model_copy(update={"zero": job.zero.model_copy(update={"stage": choice.stage})})
-    groups = _groups(job, profile, name, node, room, needs)
+    groups, trials = _most_groups(job, profile, name, node, room, needs)
+    if job.tune:
+        job, said = on_its_own(job, profile, trials)
+        notes += said
     saving = None
     if architecture is not None:
         pods = sum(group.pods.count for group in groups)
         # The fewest that an elastic run may be on, and of learning from rewards those that hold what is trained.
-        savers = max(1, pods * job.cluster.min_workers // len(needs))
+        savers = max(1, pods * job.cluster.min_workers // (len(needs) * trials))
         saving = estimated(
             checkpoint_bytes(job, architecture, scorers),
             savers,
-            profile.checkpoint.node_mb_per_s,
+            profile.checkpoint.node_mb_per_s / math.ceil(trials / pods),  # trials on one node save together
             profile.grace.worker_drain_s,
         )
     return Size(job, groups, choice, saving, tuple(notes))
 
 
-def _groups(
+def _most_groups(
     job: Job, profile: Profile, name: str, node: NodeType, room: Room, needs: Sequence[Need]
+) -> tuple[tuple[Group, ...], int]:
+    """Pods for as many trials of a search as may run at a time, or for a run, and how many that are."""
+    for trials in range(trials_at_once(job, profile, gpus_of(job)), 1, -1):
+        with contextlib.suppress(ResourceError):
+            return _groups(job, profile, name, node, room, needs, trials), trials
+    return _groups(job, profile, name, node, room, needs, 1), 1
+
+
+def _groups(
+    job: Job, profile: Profile, name: str, node: NodeType, room: Room, needs: Sequence[Need], trials: int
 ) -> tuple[Group, ...]:
-    found = packed(needs, room)
+    if len(set(needs)) == 1:
+        found = packed([*needs] * trials, room)
+    else:  # each trial is placed on its own, so it gets pods that hold it
+        found = [replace(pods, count=pods.count * trials) for pods in packed(needs, room)]
     if not found and all(fits_alone(need, room) for need in needs):
         raise ResourceError(
             f"The run's processes, which are not alike, cannot be spread over nodes {name} of profile {profile.name} so that memory "
@@ -229,22 +258,31 @@ def _chosen(
 
 
 def _densest(
-    job: Job, name: str, room: Room, architecture: Architecture, scorers: Mapping[str, Architecture]
+    job: Job,
+    name: str,
+    room: Room,
+    architecture: Architecture,
+    scorers: Mapping[str, Architecture],
+    driver_mib: int,
 ) -> tuple[Choice, list[Need]]:
     """On CPU memory and ranks of a node depend on each other: as many ranks as CPUs allow, fewer until memory suffices."""
     most = max(1, min(int(room.cpus / job.cluster.cpus_per_worker), job.cluster.max_workers))
     for ranks in range(most, 0, -1):
         choice = choose(job, architecture, room.memory_mib * MIB // ranks, scorers)
         if choice.fits:
-            return choice, _needs(job, room, choice, architecture)
+            return choice, _needs(job, room, choice, architecture, driver_mib)
     _chosen(job, name, architecture, room.memory_mib * MIB, scorers)
     raise AssertionError("unreachable: what does not fit was refused")
 
 
-def _needs(job: Job, room: Room, choice: Choice | None, architecture: Architecture | None) -> list[Need]:
-    """Every process with its host memory: by the plan, or by its share of the node's CPUs or GPUs."""
-    found = []
-    for gpus, cpus, role in processes(job):
+def _needs(
+    job: Job, room: Room, choice: Choice | None, architecture: Architecture | None, driver_mib: int
+) -> list[Need]:
+    """Every process with its host memory: by the plan, or by its share of the node's CPUs or GPUs. driver_mib: of the processes that
+    drive a trial, which Ray puts anywhere, so that each of the trial's own has a part of it."""
+    found, wanted = [], processes(job)
+    driver = math.ceil(driver_mib / len(wanted))
+    for gpus, cpus, role in wanted:
         if choice is None or architecture is None:
             share = gpus / room.gpus if room.gpus and gpus else cpus / room.cpus
             memory = int(room.memory_mib * min(1.0, share))
@@ -255,7 +293,7 @@ def _needs(job: Job, room: Room, choice: Choice | None, architecture: Architectu
             memory = GPU_PROCESS_MIB + math.ceil((choice.plan.host + 2 * saved) / MIB)
         else:
             memory = math.ceil(choice.plan.device / FILL / MIB)
-        found.append(Need(gpus, cpus, memory))
+        found.append(Need(gpus, cpus, memory + (0 if choice is None else driver)))
     return found
 
 

@@ -1,0 +1,55 @@
+"""A trial that runs out of memory, for real: its workers may take only so much more than they have when they begin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rayft.spec import load_job
+from rayft.storage import open_store
+from tests.cluster.steps import prepare_folder
+from tests.runs import losses, rayft, write_job
+from tests.searches import RATE, search_of, trials_in
+
+pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.timeout(900)]
+
+SEARCH_S = 600
+#: What a worker may take beyond its libraries: enough for the activations of 4 of these rows, and not of 16.
+MORE = 1400 << 20
+#: Python imports a module of this name at its start. A thread then waits for what only workers import.
+CUSTOM = """
+import resource, sys, threading, time
+
+def limit():
+    while "rayft.learner.learner" not in sys.modules:
+        time.sleep(0.01)
+    with open("/proc/self/status") as status:
+        used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MORE, used + MORE))
+
+if "default_worker.py" in " ".join(sys.orig_argv):
+    threading.Thread(target=limit, daemon=True).start()
+"""
+
+
+def test_a_trial_out_of_memory_goes_on_with_a_smaller_micro_batch(tmp_path: Path) -> None:
+    """The same global batch, until it fits; one that cannot be made smaller has failed, and the search goes on."""
+    folder = prepare_folder(tmp_path, intermediate_size=1 << 16)
+    (folder / "custom").mkdir()
+    (folder / "custom" / "sitecustomize.py").write_text(CUSTOM.replace("MORE", str(MORE)))
+    train = {"max_steps": 4, "global_batch_size": 16, "micro_batch_size": 16}
+    tune = {"space": {RATE: {"grid": [1e-3, 2e-3]}}, "searcher": "grid", "max_concurrent": 1}
+    job = search_of(folder, "large", tune, train=train, eval={"batch_size": 1})
+    path, uri = write_job(job, folder / "large.yaml"), folder / "runs" / "large"
+    with rayft("tune", str(path), log=folder / "large.log", PYTHONPATH=str(folder / "custom")) as search:
+        assert search.wait(SEARCH_S) == 0, search.output()
+        assert "out of memory: micro_batch_size 16 -> 8" in search.output()
+    for trial in trials_in(uri).values():
+        assert trial.status == "done"
+        reasons = [segment.reason for segment in trial.segments]
+        assert reasons[:2] == ["", "out of memory: micro_batch_size 16 -> 8"]
+        last = load_job(uri / "trials" / str(trial.run) / "job.yaml", [])
+        assert last.train.micro_batch_size in (8, 4)
+        assert last.train.global_batch_size == 16
+        assert sorted(losses(open_store(uri / "trials" / str(trial.run)))) == [1, 2, 3, 4]

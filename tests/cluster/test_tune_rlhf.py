@@ -1,0 +1,55 @@
+"""Searches over jobs that learn from rewards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rayft.cli import main
+from rayft.report.log import read_log
+from rayft.spec import load_job
+from rayft.storage import open_store
+from tests.cluster.rewards import prepare_folder, rl_job
+from tests.runs import write_job
+from tests.searches import curve_of, trials_in
+
+pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.timeout(1200)]
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_a_search_over_a_method_that_learns_from_rewards(
+    method: str, tmp_path: Path, local_ray: None
+) -> None:
+    """The worse trial is stopped at its first report by what it scores on held-out prompts; the other comes to its end."""
+    folder = prepare_folder(tmp_path)
+    prompts = {"path": str(folder / "prompts.jsonl")}
+    job = rl_job(
+        folder,
+        method,
+        name="search",
+        data={"train": [prompts], "eval": [{**prompts, "limit": 4}]},
+        eval={"every_steps": 2},
+        cluster={"num_workers": 1},
+        tune={
+            "space": {"train.learning_rate": {"grid": [1e-2, 1e-7]}, "rl.kl_coef": {"choice": [0.0, 0.01]}},
+            "metric": "eval.score",
+            "mode": "max",
+            "scheduler": "asha",
+            "reduction_factor": 2,
+            "max_concurrent": 1,
+        },
+    )
+    assert main(["tune", str(write_job(job, folder / "search.yaml"))]) == 0
+    uri = folder / "runs" / "search"
+    trials = trials_in(uri)
+    assert trials["t0000"].status == "done"
+    assert [step for step, _ in curve_of(trials["t0000"], "eval.score")] == [2, 4]
+    assert trials["t0001"].status in ("done", "stopped")
+    for name, trial in trials.items():
+        log = read_log(open_store(uri / "trials" / f"search-{name}"))
+        measured = {row["step"]: row["metrics"]["score"] for row in log if row["kind"] == "eval"}
+        assert all(measured[step] == value for step, value in curve_of(trial, "eval.score"))
+    best = load_job(uri / "best.yaml", [])
+    assert (best.method, best.tune) == (method, None)
+    assert (uri / "model" / "config.json").exists()
