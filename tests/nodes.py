@@ -56,6 +56,24 @@ class Nodes:
         """Ids of the nodes for work that were there from the beginning."""
         return [str(node.node_id) for node in self._nodes]
 
+    def holding(self, actor: str) -> list[str]:
+        """Ids of the nodes, but the head, on which live actors of a class run."""
+        from ray._private.state import GlobalState
+        from ray._raylet import GcsClientOptions
+
+        state = GlobalState()
+        state._initialize_global_state(
+            GcsClientOptions.create(
+                self.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False
+            )
+        )
+        try:
+            table = state.actor_table(None, None, "ALIVE").values()
+            found = {row["Address"]["NodeID"] for row in table if row["ActorClassName"] == actor}
+        finally:
+            state.disconnect()
+        return sorted(found - {self.head})
+
     def take_last(self) -> None:
         """The last of the first nodes dies, without a word."""
         self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)

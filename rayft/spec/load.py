@@ -163,6 +163,7 @@ RESUMABLE_KEYS = (
     "tune.time_budget_s",
     "tune.gpu_hours",
     "tune.oom_retries",
+    "tune.constraints",
 )
 
 

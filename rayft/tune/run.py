@@ -43,7 +43,7 @@ from rayft.tune.history import NOT_ITS_OWN
 from rayft.tune.page import write_page
 from rayft.tune.propose import proposer_of, refuse_missing_packages
 from rayft.tune.scheduler import Kept
-from rayft.tune.schedulers import POPULATIONS, make_scheduler
+from rayft.tune.schedulers import POPULATIONS, make_scheduler, turn_of
 from rayft.tune.space import Space
 from rayft.tune.table import SearchTable
 from rayft.tune.trackers import close_parent, open_parent
@@ -53,16 +53,6 @@ ASK_TIMEOUT_S = 60.0
 LOOK_EVERY_S = 0.5
 #: Trials that save and leave take less; after this the rest are ended where they are, at their last checkpoint.
 LEAVE_S = 240.0
-#: What may be changed in a search that has begun: how far it goes, not what it looks at.
-MAY_CHANGE = (
-    "tune.num_trials",
-    "tune.max_concurrent",
-    "tune.share",
-    "tune.time_budget_s",
-    "tune.gpu_hours",
-    "tune.oom_retries",
-    "tune.constraints",
-)
 #: Ray Tune's own ways that are not ours: it shows tables, copies logs and writes snapshots that nothing here reads.
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -142,7 +132,7 @@ def refuse_other_space(store: Store, job: Job) -> None:
     before = job_of_run(store)
     if before.tune is None:
         raise JobError(f"The name {job.name!r} is a run's, and no search's.", "Give the search another name.")
-    changes = [change for change in changed_keys(before, job) if not change.startswith(MAY_CHANGE)]
+    changes = changed_keys(before, job)
     searched = any(change.startswith(("tune.", "seed")) for change in changes)
     trials = trials_of(read_all(store)).values()
     # A mistake elsewhere in the job may be corrected until something has been measured.
@@ -239,12 +229,20 @@ class Search:
 
     def _prepare(self) -> None:
         """What has Ray Tune's memory of the search, made of the ledger."""
-        job, book, yielding = self.job, self.book, self.tune.scheduler in POPULATIONS
+        job, book, turn = self.job, self.book, turn_of(self.job)
         before = book.states()
-        self.desk = start_desk(self.recorder, self.tune.share, self.tune.max_concurrent, yielding=yielding)
+        self.desk = start_desk(
+            self.recorder, self.tune.share, self.tune.max_concurrent, yielding=turn is not None
+        )
         self.kept = Kept(make_scheduler(job), self.tune, before, book.tell, self.spending.over)
         self.proposals = Proposals(
-            job, proposer_of(job), self.desk, book.states, book.tell, self.spending, at_once=yielding
+            job,
+            proposer_of(job),
+            self.desk,
+            book.states,
+            book.tell,
+            self.spending,
+            at_once=self.tune.scheduler in POPULATIONS,
         )
         self.proposals.leaving = lambda: bool(self._leaving)
 
@@ -321,7 +319,12 @@ class Search:
         os.environ.update(TUNE_ENVIRONMENT)
         logging.getLogger("ray.tune").setLevel(logging.ERROR)  # the table says it, in the ledger's words
         about = About(
-            self.job, self.search_uri, self.desk, str(Path.cwd()), gated=self.tune.scheduler != "none"
+            self.job,
+            self.search_uri,
+            self.desk,
+            str(Path.cwd()),
+            gated=self.tune.scheduler != "none",
+            turn=turn_of(self.job),
         )
         trainable = ray_tune.with_parameters(TrialRun, about=about)
         # Ray keeps trainables of a cluster by name; two searches must not take each other's.
@@ -333,7 +336,8 @@ class Search:
                 search_alg=self.proposals,
                 scheduler=self.kept,
                 num_samples=Space(self.job).trials,
-                reuse_actors=True,
+                # A process that is kept for another trial still drives the one that HyperBand paused, which holds its workers.
+                reuse_actors=self.tune.scheduler != "hyperband",
             ),
             run_config=RunConfig(
                 name=trainable.__name__,

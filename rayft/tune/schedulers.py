@@ -20,7 +20,7 @@ from rayft.errors import JobError
 from rayft.spec import Job
 from rayft.spec.tune import Dimension, Tune
 
-#: Schedulers that compare a population, all of which must move on; where there is no room for it, trials take turns.
+#: Schedulers that compare a population: all of it is proposed at once.
 POPULATIONS = ("hyperband", "pbt", "pb2")
 #: Where a job counts epochs, nobody knows the last step before the data is read; rungs far beyond it do nothing.
 NO_LAST_STEP = 1_000_000
@@ -59,6 +59,16 @@ def make_scheduler(job: Job) -> TrialScheduler:
     if tune.scheduler in ("pbt", "pb2"):
         return _population(job, tune, seen, tune.perturb_steps or every)
     return FIFOScheduler()
+
+
+def turn_of(job: Job) -> int | None:
+    """Steps after which a trial gives way to one that waits; None where it need not. A population of PBT or PB2 must move on
+    together, so where there is no room for all of it trials take turns, as long as those between two comparisons. HyperBand
+    pauses trials itself."""
+    assert job.tune is not None
+    if job.tune.scheduler not in ("pbt", "pb2"):
+        return None
+    return job.tune.perturb_steps or job.eval.every_steps or 1
 
 
 def last_step(job: Job) -> int:

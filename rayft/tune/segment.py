@@ -37,7 +37,7 @@ class Segment:
         self.reports, self.given = Reports(), given
         self.shares_baseline = self.attempted = self.ran = False
         self._gated, self._over = gated, False
-        self._spent_before, self._began = spent, time.monotonic()
+        self._spent_before, self._began, self._began_at = spent, time.monotonic(), given
         self._link: Link | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -51,6 +51,11 @@ class Segment:
     @property
     def started(self) -> bool:
         return self._thread is not None
+
+    @property
+    def steps(self) -> int:
+        """How far the search has followed the run since it was started."""
+        return self.given - self._began_at
 
     @property
     def saw_baseline(self) -> bool:
@@ -69,7 +74,7 @@ class Segment:
 
     def start(self) -> None:
         """Drive the run in a thread of its own."""
-        self._began = time.monotonic()
+        self._began, self._began_at = time.monotonic(), self.given
         link = self._link = Link(gated=self._gated)
         link.release(self.given)
 

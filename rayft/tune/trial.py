@@ -43,13 +43,15 @@ MICRO_BATCH = "train.micro_batch_size"
 
 @dataclass(frozen=True)
 class About:
-    """What every trial of a search is told. folder: where the search was started, which relative paths of the job go by."""
+    """What every trial of a search is told. folder: where the search was started, which relative paths of the job go by.
+    gated: whether runs wait at each report for what is decided. turn: steps after which a trial gives way to others, or None."""
 
     job: Job
     search_uri: str
     desk: Any
     folder: str
     gated: bool
+    turn: int | None
 
 
 class Leaving(Exception):
@@ -125,7 +127,8 @@ class TrialRun(Trainable):  # type: ignore[misc]
 
     def _next_report(self) -> dict[str, Any]:
         segment = self._under_way
-        if segment is not None and self._ask("look", self.trial)[1]:
+        turn = self.about.turn
+        if segment is not None and turn and segment.steps >= turn and self._ask("look", self.trial)[1]:
             # Others wait; the run stands at a checkpoint, so it can make room and go on later.
             segment.leave("other trials wait for their turn")
             self._ask("release", self.trial, self._token)

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.timeout(900)]
 
 SEARCH_S = 600
 #: What a worker may take beyond its libraries: enough for the activations of 4 of these rows, and not of 16.
-MORE = 1400 << 20
+MORE = 2200 << 20
 #: Python imports a module of this name at its start. A thread then waits for what only workers import.
 CUSTOM = """
 import resource, sys, threading, time

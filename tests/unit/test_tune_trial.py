@@ -12,9 +12,10 @@ import yaml
 from rayft.errors import JobError
 from rayft.report.trials import Fork
 from rayft.spec import Job, Tune, dump_job, parse_job
+from rayft.spec.load import RESUMABLE_KEYS
 from rayft.spec.search import LONGEST_NAME
 from rayft.storage import Store, open_store
-from rayft.tune.run import MAY_CHANGE, over, refuse_other_space
+from rayft.tune.run import over, refuse_other_space
 from rayft.tune.segment import KEPT_FOR_FORKS, run_name, trial_job
 from tests.ledgers import CHANGE, Ledger, search_job
 
@@ -157,7 +158,7 @@ WITH = {
 
 def test_every_key_of_the_group_is_tried() -> None:
     assert set(OTHER_TUNE) == set(Tune.model_fields)
-    assert {key.removeprefix("tune.") for key in MAY_CHANGE} <= set(OTHER_TUNE)
+    assert {key.removeprefix("tune.") for key in RESUMABLE_KEYS if key.startswith("tune.")} <= set(OTHER_TUNE)
 
 
 @pytest.mark.parametrize("key", OTHER_TUNE)
@@ -166,7 +167,7 @@ def test_a_search_goes_on_with_another_length_and_not_with_other_trials(tmp_path
     after = search_job(**WITH.get(key, {}), **{key: OTHER_TUNE[key]})
     assert before != after
     store = searched(tmp_path, before, 143)
-    if f"tune.{key}" in MAY_CHANGE:
+    if f"tune.{key}" in RESUMABLE_KEYS:
         refuse_other_space(store, after)
         refuse_other_space(searched(tmp_path, after, 143, name="other"), before)
         return
