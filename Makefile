@@ -44,17 +44,19 @@ lint: install-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Unit tests two at a time; the others share the machine's cores among processes of their own.
+# Files of tests side by side: a run on Ray is many processes that start one after another, and leaves cores idle.
+RAY_TESTS := -n 3 --dist loadfile
+
 test: lint
 	$(BIN)/python -m pytest -m 'not full' -n 2 --cov=rayft --cov-report= tests/unit
-	$(BIN)/python -m pytest -m 'not full' --cov=rayft --cov-append --cov-report=term tests/cluster tests/fault
+	$(BIN)/python -m pytest -m 'not full' $(RAY_TESTS) --cov=rayft --cov-append --cov-report=term tests/cluster tests/fault
 
 test-fast: lint
 	$(BIN)/python -m pytest -m 'not full and not slow' -n 2 tests/unit
 
 test-full: lint
 	$(BIN)/python -m pytest -n 2 --cov=rayft --cov-report= tests/unit
-	$(BIN)/python -m pytest --cov=rayft --cov-append --cov-report=term tests/cluster tests/fault
+	$(BIN)/python -m pytest $(RAY_TESTS) --cov=rayft --cov-append --cov-report=term tests/cluster tests/fault
 
 bench: install-test
 	$(BIN)/python -m tests.bench.sft

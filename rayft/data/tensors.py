@@ -7,7 +7,7 @@ from one document into the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,12 +56,17 @@ def answer_tensors(
     }
 
 
-def sequence_tensors(samples: Sequence[Sample], *, packed: bool, pad_id: int = 0) -> dict[str, Any]:
+def sequence_tensors(
+    samples: Sequence[Sample], *, packed: bool, pad_id: int = 0, shared: bool = False
+) -> dict[str, Any]:
     """Tensors of D documents with N targets: those of `micro_batch_tensors`, and
 
     last int64[D]: where the last token of each document is in the flattened input_ids. target_document int64[N]: the
-    document of each target, in row-major order.
+    document of each target, in row-major order. shared: packed documents beside each other that begin with the same prompt have
+    it once (`shared_tensors`).
     """
+    if shared and samples:
+        return shared_tensors(samples)
     tensors = pack_tensors(samples) if packed else pad_tensors(samples, pad_id)
     lengths = np.array([len(sample.ids) for sample in samples], dtype=np.int64)
     width = tensors["input_ids"].shape[1]
@@ -71,6 +76,56 @@ def sequence_tensors(samples: Sequence[Sample], *, packed: bool, pad_id: int = 0
         "last": torch.from_numpy(starts + lengths - 1),
         "target_document": torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
     }
+
+
+def shared_tensors(samples: Sequence[Sample]) -> dict[str, Any]:
+    """`sequence_tensors` of a pack in which documents beside each other with the same prompt have it once.
+
+    A prompt is what comes before the first trained token. It is a document of its own but for its last token, with which each answer
+    begins, so that every target still follows a token of its own. Besides those tensors: prefix int32[documents of the pack],
+    which document each one goes on from, or -1; positions count on from there.
+    """
+    pieces: list[Sample] = []
+    prefix: list[int] = []
+    first: list[int] = []
+    answers: list[int] = []
+
+    def lay(ids: np.ndarray, trained: np.ndarray, goes_on_from: int, position: int) -> int:
+        pieces.append(Sample(ids, trained))
+        prefix.append(goes_on_from)
+        first.append(position)
+        return len(pieces) - 1
+
+    for own, length in runs_of_prompts(samples):
+        head = lay(own[0].ids[:length], own[0].trained[:length], -1, 0) if length else -1
+        answers += [lay(sample.ids[length:], sample.trained[length:], head, length) for sample in own]
+    tensors = pack_tensors(pieces)
+    ends = tensors["cu_seqlens"][1:].long()
+    lengths = [len(piece.ids) for piece in pieces]
+    counts = [int(sample.trained.sum()) for sample in samples]
+    starts = np.repeat(np.array(first, np.int64), lengths)
+    return tensors | {
+        "position_ids": tensors["position_ids"] + torch.from_numpy(starts),
+        "prefix": torch.tensor(prefix, dtype=torch.int32),
+        "last": ends[answers] - 1,
+        "target_document": torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
+    }
+
+
+def runs_of_prompts(samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], int]]:
+    """Runs of documents with the same prompt, and how many tokens of it they can share: all but the last; 0 for a single one."""
+    prompts = [sample.ids[: prompt_length(sample)].tobytes() for sample in samples]
+    begin = 0
+    for end in range(1, len(samples) + 1):
+        if end == len(samples) or prompts[end] != prompts[begin]:
+            alone = end - begin == 1
+            yield samples[begin:end], 0 if alone else max(0, prompt_length(samples[begin]) - 1)
+            begin = end
+
+
+def prompt_length(sample: Sample) -> int:
+    """Tokens before the first that is trained."""
+    return int(sample.trained.argmax()) if sample.trained.any() else len(sample.ids)
 
 
 def _rows_of(corpus: Corpus, documents: list[int]) -> tuple[set[int], list[int], list[float]]:

@@ -31,11 +31,14 @@ class Documents:
     """Where the documents of a flat row of tokens begin and end.
 
     cu_seqlens: int32[N + 1] cumulative lengths, on the device of the model; read once here, not in every layer.
+    prefix: int32[N], the document that each one goes on from and sees all of, or -1; without it there are none.
     """
 
-    def __init__(self, cu_seqlens: torch.Tensor) -> None:
+    def __init__(self, cu_seqlens: torch.Tensor, prefix: torch.Tensor | None = None) -> None:
         bounds = cu_seqlens.tolist()
         self.cu_seqlens = cu_seqlens.to(torch.int32)
+        before = [] if prefix is None else prefix.tolist()
+        self.prefixes = tuple(None if n < 0 else n for n in before) if max(before, default=-1) >= 0 else ()
         self.lengths = tuple(end - start for start, end in pairwise(bounds))
         self.max_length = max(self.lengths)
 
@@ -81,10 +84,11 @@ def documents_attention(
     scale = D**-0.5 if scaling is None else scaling
     # [B, heads, T, D] came from [B, T, heads, D] by a transpose in every family, so this mostly moves nothing.
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHTD, key_BKTD, value_BKTD))
-    if _varlen_applies(query, softcap):
+    if _varlen_applies(query, softcap) and not documents.prefixes:
         out = _varlen(query, key, value, documents, scale, sliding_window)
     else:
-        out = documents_products(query, key, value, documents.lengths, scale, sliding_window, softcap)
+        lengths, prefixes = documents.lengths, documents.prefixes
+        out = documents_products(query, key, value, lengths, scale, sliding_window, softcap, prefixes)
     return out.unflatten(0, (B, T)), None
 
 

@@ -149,7 +149,10 @@ def _filled(batch: dict[str, Any]) -> dict[str, Any]:
         return batch
     ids, targets, positions = batch["input_ids"], batch["targets"], batch["position_ids"]
     cu_seqlens = batch["cu_seqlens"]
-    return {
+    prefix = (
+        {"prefix": torch.nn.functional.pad(batch["prefix"], (0, 1), value=-1)} if "prefix" in batch else {}
+    )
+    return prefix | {
         "input_ids": torch.cat([ids, ids.new_zeros(1, missing)], 1),
         "targets": torch.cat([targets, targets.new_full((1, missing), IGNORE)], 1),
         "position_ids": torch.cat([positions, torch.arange(missing, device=ids.device)[None]], 1),
@@ -161,9 +164,10 @@ def _boundaries(inner: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]
     """What tells the model's attention where documents or rows end."""
     if "cu_seqlens" not in batch:
         return {"attention_mask": batch["attention_mask"]}
-    documents = Documents(batch["cu_seqlens"])
+    documents = Documents(batch["cu_seqlens"], batch.get("prefix"))
     if inner.config._attn_implementation == DOCUMENTS:
         return {"documents": documents}
+    assert not documents.prefixes, "only the attention of packs knows documents that share a prefix"
     # Names of transformers' flash attention; sdpa and eager go by position_ids.
     cu, longest = documents.cu_seqlens, documents.max_length
     return {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}

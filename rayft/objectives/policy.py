@@ -77,7 +77,12 @@ def policy_loss(
 
 
 def token_tensors(
-    samples: Ordered[Sample], columns: Mapping[str, Ordered[np.ndarray]], *, packed: bool, pad_id: int
+    samples: Ordered[Sample],
+    columns: Mapping[str, Ordered[np.ndarray]],
+    *,
+    packed: bool,
+    pad_id: int,
+    shared: bool = False,
 ) -> dict[str, Any]:
     """`sequence_tensors` of answers with their prompts, and each column's values of the answers' tokens, float32[N]."""
     counts = [int(sample.trained.sum()) for sample in samples]
@@ -87,7 +92,7 @@ def token_tensors(
         name: torch.from_numpy(np.concatenate([np.empty(0), *arrays]).astype(np.float32))
         for name, arrays in columns.items()
     }
-    return sequence_tensors(samples, packed=packed, pad_id=pad_id) | values
+    return sequence_tensors(samples, packed=packed, pad_id=pad_id, shared=shared) | values
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from rayft.model.files import job_files, load_tokenizer
 from rayft.objectives.policy import Clip, PolicyObjective, token_tensors
 from rayft.objectives.value import ValueObjective
 from rayft.rlhf.engines import Answers, GatheredModel, draw_unit
-from rayft.rlhf.experience import Columns, MiniBatch
+from rayft.rlhf.experience import Columns
+from rayft.rlhf.layout import MiniBatch
 from rayft.rlhf.placement import Spot
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.rollout import Unit
@@ -80,7 +81,9 @@ class ModelActor:
         for own in mini_batch.ranks[self.rank]:
             values = {name: [arrays[i] for i in own] for name, arrays in columns.items()}
             examples = [self._examples[i] for i in own]
-            yield token_tensors(examples, values, packed=self._packed, pad_id=self.plan.pad_id)
+            yield token_tensors(
+                examples, values, packed=self._packed, pad_id=self.plan.pad_id, shared=mini_batch.shared
+            )
 
     def _by_answer(self, results: Iterator[torch.Tensor]) -> dict[int, np.ndarray]:
         """Values of the tokens of each of this rank's answers, float32."""

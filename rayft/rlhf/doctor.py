@@ -15,7 +15,8 @@ from rayft.checkpoint import Lease
 from rayft.errors import JobError
 from rayft.generate.prompts import stop_token_ids
 from rayft.model.files import load_tokenizer
-from rayft.rlhf.experience import Columns, MiniBatch, experience, lay_out, score_with_rules, weights_of
+from rayft.rlhf.experience import Columns, experience, score_with_rules, weights_of
+from rayft.rlhf.layout import MiniBatch, lay_out
 from rayft.rlhf.plan import RlPrepared, prepare
 from rayft.rlhf.roles import Roles
 from rayft.spec import Job
@@ -127,11 +128,15 @@ class Examination:
         yield from self._rewards()
         yield self._first_update(old)
 
-    def _layout(self, job: Job, ranks: int | None = None, packed: bool | None = None) -> list[MiniBatch]:
-        lengths = [len(r.prompt.ids) + len(r.ids) for r in self.rollouts]
+    def _layout(
+        self, job: Job, ranks: int | None = None, packed: bool | None = None, shared: bool | None = None
+    ) -> list[MiniBatch]:
+        lengths = [rollout.length for rollout in self.rollouts]
         size = len(self.roles.policy)
         packed = self.plan.packed if packed is None else packed
-        made = lay_out(lengths, job, ranks=ranks or size, packed=packed, step=0)
+        shared = packed and self.plan.shared if shared is None else shared
+        prompts = [len(rollout.prompt.ids) for rollout in self.rollouts] if shared else None
+        made = lay_out(lengths, job, ranks=ranks or size, packed=packed, step=0, prompts=prompts)
         if ranks is None:
             return made
         nothing: list[list[int]] = [[] for _ in made[0].ranks[0]]
@@ -165,6 +170,9 @@ class Examination:
         yield self._equal(
             "micro-batches of one row", old, self._logprobs(self._layout(one), self.plan.packed)
         )
+        if self.plan.shared:
+            whole = self._layout(self.job, shared=False)
+            yield self._equal("each answer with its prompt", old, self._logprobs(whole, True))
         if self.plan.packed:
             padded = self._layout(self.job, packed=False)
             yield self._equal("padding instead of packing", old, self._logprobs(padded, False))

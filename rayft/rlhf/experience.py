@@ -1,4 +1,4 @@
-"""From scored answers to what is trained on: the layout of the updates, advantages, weights, and what the log says of them.
+"""From scored answers to what is trained on: advantages, weights, and what the log says of them.
 
 Shapes: S answers of a step, P prompts with G answers each; lists hold one array per answer, with a value for each of its tokens.
 """
@@ -6,11 +6,9 @@ Shapes: S answers of a step, P prompts with G answers each; lists hold one array
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from rayft.data.step import deal, packed_layout, padded_layout
 from rayft.objectives.advantages import (
     gae,
     group_relative,
@@ -23,42 +21,11 @@ from rayft.objectives.advantages import (
 )
 from rayft.objectives.aggregation import token_weights
 from rayft.objectives.importance import kl_of_tokens, truncated_importance
+from rayft.rlhf.layout import MiniBatch
 from rayft.rlhf.rollout import Rollout
 from rayft.spec import Job
 
 Columns = dict[str, list[np.ndarray]]
-
-
-@dataclass(frozen=True)
-class MiniBatch:
-    """The answers of one optimizer update, and the micro-batches of each rank: indices of answers, equally many everywhere."""
-
-    answers: list[int]
-    ranks: list[list[list[int]]]
-
-
-def lay_out(lengths: Sequence[int], job: Job, *, ranks: int, packed: bool, step: int) -> list[MiniBatch]:
-    """The mini-batches of a step whose answers have `lengths` tokens, prompts included.
-
-    Decided before anything is computed: log-probabilities are looked at in the very micro-batches that are trained on,
-    so the first ratio is exactly 1.
-    """
-    order = np.arange(len(lengths))
-    if job.rl.num_mini_batches > 1:
-        order = np.random.default_rng([job.seed, step]).permutation(len(lengths))
-    mini_batches = []
-    # The last step of an epoch may have fewer answers than mini-batches.
-    for part in np.array_split(order, min(job.rl.num_mini_batches, len(order))):
-        own = [lengths[i] for i in part]
-        layout = packed_layout if packed else padded_layout
-        slots = layout(own, job.data.max_length, job.train.micro_batch_size, ranks)
-        loads = [sum(own[i] for row in slot for i in row) for slot in slots]
-        dealt = [
-            [[int(part[i]) for row in slot for i in row] for slot in mine]
-            for mine in deal(slots, loads, ranks)
-        ]
-        mini_batches.append(MiniBatch([int(i) for i in part], dealt))
-    return mini_batches
 
 
 def score_with_rules(rollouts: Sequence[Rollout], scores_S: np.ndarray, job: Job) -> np.ndarray:

@@ -10,8 +10,8 @@ import numpy as np
 
 from rayft.data.template import ChatTokenizer
 from rayft.rlhf.browse import read_rows
-from rayft.rlhf.experience import lay_out
 from rayft.rlhf.kept import keep_rollouts, key_of
+from rayft.rlhf.layout import lay_out
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.prompts import PromptSet
 from rayft.rlhf.roles import Roles
@@ -60,7 +60,7 @@ class HeldOut:
         job = self.plan.job.model_copy(
             update={"rl": self.plan.job.rl.model_copy(update={"num_mini_batches": 1})}
         )
-        lengths = [len(r.prompt.ids) + len(r.ids) for r in rollouts]
+        lengths = [rollout.length for rollout in rollouts]
         roles.take(rollouts, lay_out(lengths, job, ranks=len(roles.policy), packed=self.plan.packed, step=0))
         own, reference = roles.old_logprobs(len(rollouts)), roles.reference_logprobs(len(rollouts))
         assert reference is not None

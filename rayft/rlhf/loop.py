@@ -18,9 +18,7 @@ from rayft.objectives.kl import KlController
 from rayft.rlhf.ahead import Ahead, keep_ahead, kept_ahead
 from rayft.rlhf.experience import (
     Columns,
-    MiniBatch,
     experience,
-    lay_out,
     looked_back,
     score_with_rules,
     uniform_groups,
@@ -29,6 +27,7 @@ from rayft.rlhf.experience import (
 from rayft.rlhf.finished import Interrupted, keep_finished, kept_finished
 from rayft.rlhf.held_out import HeldOut
 from rayft.rlhf.kept import keep_rollouts, key_of
+from rayft.rlhf.layout import MiniBatch, layout_of
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.prompts import Prompt, PromptSet
 from rayft.rlhf.roles import Roles
@@ -119,8 +118,8 @@ class Loop:
             if self._heed() and not self._ahead:  # one that runs ahead has taken the answers already
                 self._leave()
             rollouts, count = step.rollouts, len(step.rollouts)
-            lengths = [len(r.prompt.ids) + len(r.ids) for r in rollouts]
-            layout = lay_out(lengths, job, ranks=len(roles.policy), packed=self.plan.packed, step=state.step)
+            lengths = [rollout.length for rollout in rollouts]
+            layout = layout_of(rollouts, self.plan, ranks=len(roles.policy), step=state.step)
             with step.timed("scoring"):
                 roles.take(rollouts, layout)
                 old = None if self.plan.one_pass else roles.old_logprobs(count)

@@ -51,6 +51,12 @@ class RlPlan:
         return rl.num_epochs == 1 and rl.num_mini_batches == 1 and not early
 
     @property
+    def shared(self) -> bool:
+        """Whether the answers to a prompt have it once in a pack. On a GPU they have not: its kernel for packs does not know that."""
+        several = (self.job.rl.num_generations or 1) > 1
+        return self.packed and several and not self.job.cluster.gpus_per_worker
+
+    @property
     def savers(self) -> int:
         """Ranks that write into a checkpoint: the policy's, then the critic's."""
         return self.job.cluster.max_workers * (2 if self.critic else 1)

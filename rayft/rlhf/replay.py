@@ -15,7 +15,8 @@ from rayft.checkpoint import committed_steps
 from rayft.errors import JobError
 from rayft.report.log import read_log
 from rayft.rlhf.browse import Row, read_step
-from rayft.rlhf.experience import Columns, lay_out
+from rayft.rlhf.experience import Columns
+from rayft.rlhf.layout import layout_of
 from rayft.rlhf.plan import prepare
 from rayft.rlhf.prompts import Prompt
 from rayft.rlhf.roles import Roles
@@ -53,9 +54,7 @@ def replay(run: str, step: int, console: Console | None = None) -> int:
         roles = Roles(prepared.plan, recorder, console.print)
         try:
             roles.begin(0, before)
-            lengths = [len(r.prompt.ids) + len(r.ids) for r in rollouts]
-            ranks = len(roles.policy)
-            layout = lay_out(lengths, job, ranks=ranks, packed=prepared.plan.packed, step=step - 1)
+            layout = layout_of(rollouts, prepared.plan, ranks=len(roles.policy), step=step - 1)
             roles.take(rollouts, layout)
             old = roles.old_logprobs(len(rollouts))
             gap = max(float(np.abs(a - b).max()) for a, b in zip(old, columns["old_logprobs"], strict=True))

@@ -13,9 +13,10 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 from rayft.learner.learner import StepResult
 from rayft.rlhf.actors import CriticActor, PolicyActor, ReferenceActor
 from rayft.rlhf.engines import Answers, EngineActor
-from rayft.rlhf.experience import Columns, MiniBatch
+from rayft.rlhf.experience import Columns
 from rayft.rlhf.finished import Finished, Interrupted, key_of
 from rayft.rlhf.group import Call, Group, wait
+from rayft.rlhf.layout import MiniBatch
 from rayft.rlhf.placement import (
     Table,
     await_room,

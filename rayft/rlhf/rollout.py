@@ -39,6 +39,11 @@ class Rollout:
     text: str
 
     @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt.ids) + len(self.ids)
+
+    @property
     def example(self) -> Sample:
         """Prompt and answer, the answer's tokens trained."""
         ids = np.array([*self.prompt.ids, *self.ids], dtype=np.int32)

@@ -20,10 +20,10 @@ def connect(cluster: Cluster) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return
-    # A group that lost a rank is torn down by Ray; its collectives need not be waited for any longer.
-    os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
     # Nobody drains a cluster that lives as long as this process.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Every process of a run has an environment of its own, so none of them could take an idle one that Ray starts in advance.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     try:
         # `local`: the address file of a cluster that was killed would otherwise be believed.
         ray.init(address="local", include_dashboard=False, **quiet)

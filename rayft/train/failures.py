@@ -20,7 +20,7 @@ class Moving(WorkerError):
 
 
 def as_rayft_error(error: BaseException, max_failures: int) -> RayftError:
-    """The error to show for what `TorchTrainer.fit` raised."""
+    """The error to show for what `Trainer.fit` raised."""
     chain = list(_causes(error))
     for cause in chain:
         if isinstance(cause, RayftError):

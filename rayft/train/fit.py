@@ -13,7 +13,6 @@ from typing import Any
 
 import ray
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayft.checkpoint import Lease
 from rayft.errors import LeaseLost, RayftError, StorageError
@@ -24,6 +23,7 @@ from rayft.train.failures import as_rayft_error
 from rayft.train.group import NO_MORE_SHARDS, run_worker, worker_environment
 from rayft.train.placing import Placing
 from rayft.train.prepare import Prepared, Shards
+from rayft.train.process_group import ProcessGroup, Trainer
 from rayft.train.signals import StopSignals
 from rayft.train.waiting import Phases, Waiting
 from rayft.train.watch import Watch
@@ -135,7 +135,7 @@ def refuse_lost(lease: Lease) -> None:
         )
 
 
-def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
+def build_trainer(prepared: Prepared, recorder: Any) -> Trainer:
     """The Ray Train trainer of a run. Its own storage is scratch: what to resume from stands in our manifests."""
     plan = prepared.plan
     cluster = plan.job.cluster
@@ -145,10 +145,10 @@ def build_trainer(prepared: Prepared, recorder: Any) -> TorchTrainer:
     # which lags behind a node's death, so it soon asks again.
     wait_s = min(cluster.start_timeout_s, ELASTIC_WAIT_S) if elastic else cluster.start_timeout_s
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(wait_s)
-    return TorchTrainer(
+    return Trainer(
         run_worker,
         train_loop_config={"plan": plan, "recorder": recorder},
-        torch_config=TorchConfig(
+        backend_config=ProcessGroup(
             backend="nccl" if cluster.gpus_per_worker else "gloo",
             timeout_s=int(max(1800, 2 * cluster.hang_timeout_s)),
         ),

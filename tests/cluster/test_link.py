@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -145,12 +146,13 @@ def test_waiting_long_is_no_hang(folder: Path, local_ray: None, monkeypatch: pyt
 
 
 def processes(name: str) -> list[psutil.Process]:
-    """Live processes of Ray with this in their title."""
+    """Live processes of Ray below this one with this in their title."""
     found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if title.startswith("ray::") and name in title and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and name in title and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 

@@ -38,9 +38,9 @@ ACTORS = {
 
 
 def processes(sign: str) -> list[psutil.Process]:
-    """Live processes with a sign in their command line."""
+    """Live processes with a sign in their command line, below the one that started this: its cluster's, not another test's."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process(os.getppid()).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if sign in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)

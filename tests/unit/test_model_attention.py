@@ -20,14 +20,20 @@ def reference(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    prefixes: list[int | None] | None = None,
 ) -> torch.Tensor:
     """The definition: one T x T mask over the whole pack, keys repeated for every query head."""
     fold = query.shape[1] // key.shape[1]
+    before = prefixes or [None] * len(lengths)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    t = torch.arange(len(document))
-    seen = (document[:, None] == document[None]) & (t[:, None] >= t[None])
+    prefix = torch.tensor([-1 if n is None else n for n in before])[document]
+    at = torch.cat(
+        [torch.arange(n) + (0 if b is None else lengths[b]) for n, b in zip(lengths, before, strict=True)]
+    )
+    seen = (document[:, None] == document[None]) & (at[:, None] >= at[None])
+    seen |= prefix[:, None] == document[None]
     if window is not None:
-        seen &= t[:, None] - t[None] < window
+        seen &= at[:, None] - at[None] < window
     scores = torch.einsum("shd,thd->hst", query, key.repeat_interleave(fold, 1)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -43,10 +49,17 @@ def tensors(
     return [torch.randn(s, generator=generator, dtype=dtype, requires_grad=True) for s in shapes]
 
 
-def check(lengths: list[int], heads: int, key_heads: int, window: int | None, softcap: float | None) -> None:
+def check(
+    lengths: list[int],
+    heads: int,
+    key_heads: int,
+    window: int | None,
+    softcap: float | None,
+    prefixes: list[int | None] | None = None,
+) -> None:
     inputs = tensors(sum(lengths), heads, key_heads)
-    ours = documents_products(*inputs, lengths, 0.3, window, softcap)
-    theirs = reference(*inputs, lengths, 0.3, window, softcap)
+    ours = documents_products(*inputs, lengths, 0.3, window, softcap, prefixes or ())
+    theirs = reference(*inputs, lengths, 0.3, window, softcap, prefixes)
     assert torch.allclose(ours, theirs, atol=1e-12)
     weights = torch.randn(theirs.shape, dtype=theirs.dtype)
     for ours_grad, theirs_grad in zip(
@@ -67,6 +80,37 @@ def test_equals_the_definition(
     lengths: list[int], heads: tuple[int, int], window: int | None, softcap: float | None
 ) -> None:
     check(lengths, *heads, window, softcap)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(1, 40), st.lists(st.integers(1, 50), min_size=1, max_size=4)),
+        min_size=1,
+        max_size=3,
+    ),
+    heads=st.sampled_from([(4, 2), (3, 1)]),
+    window=st.sampled_from([None, 1, 8, 64]),
+    softcap=st.sampled_from([None, 2.0]),
+)
+def test_answers_see_all_of_their_prompt(
+    prompts: list[tuple[int, list[int]]],
+    heads: tuple[int, int],
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Documents that go on from another one, beside one that does not."""
+    lengths, prefixes = [7], [None]
+    for prompt, answers in prompts:
+        head = len(lengths)
+        lengths += [prompt, *answers]
+        prefixes += [None, *[head] * len(answers)]
+    check(lengths, *heads, window, softcap, prefixes)
+
+
+@pytest.mark.parametrize("window", [None, 100, 300])
+def test_long_answers_to_a_long_prompt_go_in_blocks(window: int | None) -> None:
+    check([300, 520, 3, 257], 2, 1, window, None, [None, 0, 0, 0])
 
 
 @pytest.mark.parametrize("window", [None, 100, 300])

@@ -22,7 +22,7 @@ from rayft.objectives.policy import (
     token_tensors,
 )
 from rayft.objectives.value import ValueObjective, value_loss
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import FAMILIES, save_tiny, tiny_model
 from tests.unit.test_model_score import built, job_of
 
 #: All answers of three steps over a vocabulary of two tokens.
@@ -253,6 +253,50 @@ def test_losses_whatever_the_micro_batches(ratio: str) -> None:
         assert other == pytest.approx(loss, rel=1e-5)
         assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm()
         assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_that_share_their_prompt_are_those_that_have_it_each(family: str) -> None:
+    """One loss, one gradient, one set of log-probabilities and values, for prompts of one, two and many tokens."""
+    register_documents_attention()
+    model = tiny_model(family, attention=NAME)
+    install_nll_head(model, chunk=7)
+    rng = np.random.default_rng(5)
+    samples = []
+    for prompt_length, answers in ((9, 3), (1, 2), (2, 2), (14, 1)):
+        prompt = rng.integers(0, 250, prompt_length)
+        for _ in range(answers):
+            ids = np.concatenate([prompt, rng.integers(0, 250, rng.integers(1, 12))]).astype(np.int32)
+            samples.append(Sample(ids, np.arange(len(ids)) >= prompt_length))
+    lengths = [int(sample.trained.sum()) for sample in samples]
+    columns = {
+        "old_logprobs": [rng.normal(-5.5, 0.2, n) for n in lengths],
+        "advantages": [np.full(n, rng.normal()) for n in lengths],
+        "importance": [np.ones(n) for n in lengths],
+        "weights": token_weights(lengths, "token_mean"),
+    }
+    columns["weights"] = [np.full(n, w) for n, w in zip(lengths, columns["weights"], strict=True)]
+    objective = PolicyObjective(ratio="token", temperature=0.8)
+    found = []
+    for shared in (False, True):
+        model.zero_grad()
+        batch = token_tensors(samples, columns, packed=True, pad_id=0, shared=shared)
+        loss, _ = objective.loss(model, batch)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        with torch.no_grad():
+            logprobs = objective.logprobs(model, batch)
+        at_ends = batch["input_ids"][0][batch["last"]].tolist()
+        found.append((float(loss.detach()), gradient, logprobs, at_ends, batch["input_ids"].shape[1]))
+    (loss, gradient, logprobs, ends, tokens), (other, other_gradient, other_logprobs, other_ends, fewer) = (
+        found
+    )
+    assert other == pytest.approx(loss, rel=1e-5)
+    assert gradient.norm() > 0
+    assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm()
+    assert torch.allclose(other_logprobs, logprobs, atol=1e-5)
+    assert other_ends == ends == [int(sample.ids[-1]) for sample in samples]
+    assert tokens - fewer == 2 * 8 + 1  # two of three answers do without 8 tokens, one of two without 1
 
 
 def test_the_only_update_of_a_step_needs_no_pass_before_it() -> None:

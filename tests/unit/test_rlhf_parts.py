@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 
 from rayft.data.template import ChatTokenizer
 from rayft.errors import DataError
-from rayft.rlhf.experience import experience, lay_out, score_with_rules, uniform_groups, weights_of
+from rayft.rlhf.experience import experience, score_with_rules, uniform_groups, weights_of
 from rayft.rlhf.finished import keep_finished, kept_finished
+from rayft.rlhf.layout import Prompts, lay_out
 from rayft.rlhf.prompts import Prompt, PromptSet
 from rayft.rlhf.rollout import Rollout, asked_of, units_of
 from rayft.spec import Data, Job, parse_job
@@ -165,6 +167,41 @@ def test_every_answer_is_in_one_mini_batch_and_ranks_have_equally_many_micro_bat
         assert sorted(dealt) == sorted(mini_batch.answers)
     assert lay_out(lengths, job, ranks=ranks, packed=packed, step=4) == mini_batches
     assert lay_out(lengths, job, ranks=ranks, packed=packed, step=5) != mini_batches
+
+
+@pytest.mark.parametrize("mini_batches", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_answers_to_a_prompt_lie_beside_each_other(ranks: int, mini_batches: int) -> None:
+    """Once each, equally many micro-batches everywhere, none over the capacity but for single answers, and fewer tokens."""
+    job = job_of(
+        "grpo",
+        rl={"num_generations": 4, "num_mini_batches": mini_batches},
+        train={"global_batch_size": 5, "micro_batch_size": 2},
+    )
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(rng.integers(5, 30, 5), 4).tolist()
+    lengths = [prompt + int(n) for prompt, n in zip(prompts, rng.integers(1, 30, 20), strict=True)]
+    made = lay_out(lengths, job, ranks=ranks, packed=True, step=4, prompts=prompts)
+    assert sorted(i for m in made for i in m.answers) == list(range(20))
+    of_prompts = Prompts(lengths, prompts, 4)
+
+    def tokens(micro_batch: list[int]) -> int:
+        runs = [list(run) for _, run in itertools.groupby(micro_batch, key=lambda i: i // 4)]
+        return sum(of_prompts.size(run) for run in runs)
+
+    for mini_batch in made:
+        assert mini_batch.shared
+        assert len({len(own) for own in mini_batch.ranks}) == 1
+        dealt = [micro_batch for own in mini_batch.ranks for micro_batch in own]
+        assert sorted(i for micro_batch in dealt for i in micro_batch) == sorted(mini_batch.answers)
+        assert all(tokens(one) <= 2 * job.data.max_length or len(one) == 1 for one in dealt)
+        assert sum(map(tokens, dealt)) < sum(lengths[i] for i in mini_batch.answers)
+
+
+def test_a_prompt_is_parted_where_a_rank_would_have_nothing_to_do() -> None:
+    job = job_of("grpo", rl={"num_generations": 8}, train={"global_batch_size": 1})
+    [made] = lay_out([15] * 8, job, ranks=2, packed=True, step=0, prompts=[10] * 8)
+    assert [sorted(i for one in own for i in one) for own in made.ranks] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_rules_about_length() -> None:
