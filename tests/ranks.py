@@ -8,9 +8,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import shutil
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -25,9 +28,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """Call `function(*args)` on every rank of a new gloo group; results in rank order. Fails with a rank's traceback."""
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
-    port = free_port()
+    # They meet in a file: a port that was free a moment ago may be another test's by now.
+    meeting = Path(tempfile.mkdtemp(prefix="rayft-ranks-")) / "store"
     ranks = [
-        context.Process(target=_rank, args=(function, rank, world_size, port, args, results), daemon=True)
+        context.Process(target=_rank, args=(function, rank, world_size, meeting, args, results), daemon=True)
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -49,17 +53,21 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         for process in ranks:
             process.join(timeout=5)
             process.kill()
+        shutil.rmtree(meeting.parent, ignore_errors=True)
 
 
 def _rank(
-    function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    meeting: Path,
+    args: tuple[Any, ...],
+    results: Any,
 ) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }
@@ -67,7 +75,9 @@ def _rank(
         import torch
 
         torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
+        )
         results.put((rank, function(*args), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

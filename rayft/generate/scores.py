@@ -20,8 +20,9 @@ from rayft.errors import DataError, JobError
 from rayft.generate.attention import packed_scoring
 from rayft.generate.engine import Sync
 from rayft.generate.hf import evaluating, in_step, like_lengths
-from rayft.generate.load import adapter_folder, base_of, choose_device
+from rayft.generate.load import choose_device
 from rayft.model import load_tokenizer, resolve_model
+from rayft.model.adapter_info import adapter_folder, base_of
 from rayft.model.files import ModelFiles, NewScore
 from rayft.model.head import causal_model
 from rayft.model.load import build_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -17,30 +16,8 @@ from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
 from rayft.errors import JobError
+from rayft.model.adapter_info import check_adapter
 from rayft.spec import Adapter
-
-
-def check_adapter(adapter: Adapter, zero_stage: int) -> None:
-    """Refuse what the libraries cannot do together, before a model is built. Raises JobError naming the keys."""
-    if adapter.use_dora and zero_stage == 3:
-        raise JobError(
-            "adapter.use_dora does not work with zero.stage 3: DoRA needs whole base weights outside the layers that ZeRO-3 gathers.",
-            "Use zero.stage 2, or LoRA without use_dora.",
-        )
-    if adapter.type != "qlora":
-        return
-    if zero_stage == 3:
-        raise JobError(
-            "adapter.type qlora does not work with zero.stage 3: 4-bit weights cannot be sharded.",
-            "Use zero.stage 2, or adapter.type lora.",
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise JobError(
-            "adapter.type qlora needs bitsandbytes, which is not installed.",
-            "Install rayft[qlora], or use adapter.type lora.",
-        )
-    if not torch.cuda.is_available():
-        raise JobError("adapter.type qlora needs a GPU, and there is none here.", "Use adapter.type lora.")
 
 
 def add_adapter(model: PreTrainedModel, adapter: Adapter, seed: int, *, zero_stage: int = 0) -> nn.Module:

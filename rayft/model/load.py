@@ -65,7 +65,7 @@ def build_quantized(
 ) -> PreTrainedModel:
     """The model with its linear weights in 4 bits (NF4, double quantization: QLoRA, arXiv:2305.14314) on a GPU.
 
-    Check with `rayft.model.adapters.check_adapter` first that bitsandbytes and a GPU are there.
+    Check with `rayft.model.adapter_info.check_adapter` first that bitsandbytes and a GPU are there.
     """
     from transformers import BitsAndBytesConfig
 

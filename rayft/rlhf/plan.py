@@ -10,7 +10,7 @@ from typing import Any
 
 from rayft.data.template import ChatTokenizer
 from rayft.errors import JobError
-from rayft.generate.load import adapter_folder
+from rayft.model.adapter_info import adapter_folder
 from rayft.model.families import can_pack
 from rayft.model.files import ModelFiles, job_files, load_config, load_tokenizer, resolve_model
 from rayft.rlhf.prompts import PromptSet

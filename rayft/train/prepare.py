@@ -20,7 +20,7 @@ from rayft.data.order import Order
 from rayft.data.step import plan_step
 from rayft.data.template import ChatTokenizer
 from rayft.errors import JobError, RayftError, WorkerError
-from rayft.generate.load import adapter_folder, base_of
+from rayft.model.adapter_info import adapter_folder, base_of, check_adapter
 from rayft.model.families import can_pack
 from rayft.model.files import ModelFiles, job_files, load_config, load_tokenizer, resolve_model
 from rayft.plan.choose import choose_stage, scorer_architectures
@@ -216,8 +216,6 @@ def decide_packing(job: Job, config: Any) -> bool:
 
 def decide_stage(job: Job, files: ModelFiles) -> tuple[int, dict[str, Any]]:
     """The ZeRO stage (the job's, or the lowest that fits by the memory plan), and the plan for the run log."""
-    from rayft.model.adapters import check_adapter
-
     try:
         choice = choose_stage(job, files.folder, scorers=scorer_architectures(reward_model_folders(job)))
     except JobError as error:

@@ -35,7 +35,7 @@ from rayft.train.signals import StopSignals
 from rayft.train.watch import Watch
 
 #: What preparing needs of libraries that take seconds to import.
-HEAVY = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
+HEAVY = ("torch", "transformers.models.auto.configuration_auto", "transformers.models.auto.tokenization_auto")
 
 
 ASK_TIMEOUT_S = 60.0

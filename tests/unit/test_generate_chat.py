@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from rayft.errors import DataError, JobError
 from rayft.generate.chat import Conversation, chat, pieces
 from rayft.generate.hf import TransformersEngine
-from rayft.generate.load import adapter_folder, load_model
+from rayft.generate.load import load_model
+from rayft.model.adapter_info import adapter_folder
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)

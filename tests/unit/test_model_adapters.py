@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from rayft.errors import JobError
-from rayft.model.adapters import add_adapter, check_adapter, trainable
+from rayft.model.adapter_info import check_adapter
+from rayft.model.adapters import add_adapter, trainable
 from rayft.spec import Adapter
 from tests.tiny import FAMILIES, tiny_model
 
