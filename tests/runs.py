@@ -21,6 +21,7 @@ from rayft.checkpoint import CheckpointReader, latest
 from rayft.report.log import read_log
 from rayft.spec import Job
 from rayft.storage import Store, open_store
+from tests.processes import below
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 180
@@ -49,7 +50,7 @@ class Started:
         """The live processes of the tree, also those that outlived their parent."""
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(self.process.pid)
-            for process in [root, *root.children(recursive=True)]:
+            for process in [root, *below(root)]:
                 self._seen[process.pid] = process
         return [p for p in self._seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 

@@ -169,7 +169,7 @@ class VllmCopy:
             save_adapter(Path(folder.name), named, self._config)
             self._engine.take_adapter(Path(folder.name), version)
             self._adapter = folder  # vLLM may read it again; the one before goes now
-        return checksums, {**seconds, "copy": time.perf_counter() - began}
+        return checksums, {**seconds, "load": time.perf_counter() - began}
 
     def draw(self, unit: Unit) -> list[Drawn]:
         """See `Copy.draw`."""

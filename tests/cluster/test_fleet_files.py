@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from rayft.spec import parse_job
 from rayft.storage import open_store
 from tests.fleets import profile
 from tests.shared import ROOT
+from tests.warm.start import as_usual
 
 #: A driver, as the Ray job's is, and a task: both must read the file and import the reward function by the job's own path.
 DRIVER = """
@@ -30,6 +32,12 @@ def look():
 
 print(ray.get(look.remote(), timeout=120))
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_as_usual() -> Iterator[None]:
+    with as_usual():
+        yield
 
 
 @pytest.mark.slow

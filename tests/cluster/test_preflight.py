@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.cluster.steps import prepare_folder, small_job
 from tests.nodes import ray_nodes
 from tests.runs import events, rayft, write_job
 from tests.shared import ROOT
+from tests.warm.start import as_usual
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -26,6 +28,12 @@ NOWHERE = "http://127.0.0.1:9"
 #: A file system that has no byte free.
 FULL = "/proc"
 LENIENT = ("--min-disk-gb", "0.1", "--min-shm-gb", "0.1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_as_usual() -> Iterator[None]:
+    with as_usual():
+        yield
 
 
 def preflight(address: str, *arguments: str) -> tuple[int, dict[str, Any], str]:

@@ -25,6 +25,7 @@ from rayft.storage import LocalStore
 from tests.cluster.steps import prepare_folder, small_job
 from tests.runs import ROOT, assert_same_state, events, step_reached, wait_until, write_job
 from tests.searches import RATE
+from tests.warm.start import as_usual
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -32,6 +33,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LONG = 200
 #: Seconds that a machine may take that others work on too.
 WAIT_S = 600
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_as_usual() -> Iterator[None]:
+    with as_usual():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import psutil
 
 from rayft.cli import main
 from rayft.rlhf import group, loop
+from tests.processes import below
 
 #: Phase -> the method whose call is a sign of it.
 PHASES = {
@@ -49,9 +50,10 @@ def processes(sign: str) -> list[psutil.Process]:
 
 def kill_node_of(process: psutil.Process) -> None:
     """SIGKILL a process's raylet and everything below it."""
-    raylet = next(parent for parent in process.parents() if "raylet" in parent.name())
-    below = raylet.children(recursive=True)
-    for one in [raylet, *below]:
+    raylet, there = next(
+        (raylet, there) for raylet in processes("raylet/raylet") if process in (there := below(raylet))
+    )
+    for one in [raylet, *there]:
         with contextlib.suppress(psutil.Error):
             one.kill()
 

@@ -1,0 +1,48 @@
+"""Weights through the object store: every byte arrives, whatever the sizes of the tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rayft.rlhf.weights import PIECE, WHOLE, pieces_of, receive, ship, unpack
+
+#: Elements of bf16 (2 bytes): around the sizes at which a tensor is cut into pieces, and where it is not any more.
+SIZES = (1, PIECE // 2 - 1, PIECE // 2, PIECE // 2 + 1, 3 * PIECE // 2, WHOLE // 2 - 1, WHOLE // 2)
+
+
+def model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    module = nn.Module()
+    for number, size in enumerate(SIZES):
+        module.register_parameter(f"p{number}", nn.Parameter(torch.randn(size).bfloat16()))
+    module.register_parameter("matrix", nn.Parameter(torch.randn(700, 900)))
+    module.register_parameter("scalar", nn.Parameter(torch.randn(())))
+    module.register_parameter("none", nn.Parameter(torch.randn(0, 3)))
+    return module
+
+
+def test_every_byte_arrives(local_ray: None) -> None:
+    sent, held = model(0), model(1)
+    named = [(name, p.data) for name, p in sent.named_parameters()]
+    shipped = [ship([named[:4], named[4:]], rank, 2) for rank in (0, 1)]
+    shipments = [shipment for own in shipped for shipment in own.shipments]
+    assert [len(own.shipments) for own in shipped] == [1, 1]
+    wanted = [shipment.checksum for shipment in shipments]
+    assert receive(held, shipments)[0] == wanted
+    for (name, tensor), there in zip(named, held.parameters(), strict=True):
+        assert torch.equal(there, tensor), name
+    unpacked, found, _ = unpack(shipments)
+    assert found == wanted
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype for (_, a), (_, b) in zip(unpacked, named, strict=True)
+    )
+
+
+@pytest.mark.parametrize("size", [2 * size for size in SIZES])
+def test_buffers_are_small_or_large(size: int) -> None:
+    """None of a size that Ray copies slowly."""
+    pieces = pieces_of(torch.zeros(size, dtype=torch.uint8).numpy())
+    assert sum(piece.nbytes for piece in pieces) == size
+    assert all(piece.nbytes <= PIECE or piece.nbytes >= WHOLE for piece in pieces)
