@@ -44,19 +44,20 @@ lint: install-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Files of tests side by side: a run on Ray is many processes that start one after another, and leaves cores idle.
-RAY_TESTS := -n 3 --dist loadfile
+# Files of tests side by side, since a run on Ray is many processes that start one after another and leave cores idle; those
+# that take longest first, so that none of them is left over at the end.
+RAY_TESTS := -n 3 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(BIN)/python -m pytest -m 'not full' -n 2 --cov=rayft --cov-report= tests/unit
-	$(BIN)/python -m pytest -m 'not full' $(RAY_TESTS) --cov=rayft --cov-append --cov-report=term tests/cluster tests/fault
+	$(BIN)/python -m pytest -m 'not full' $(RAY_TESTS) --cov=rayft --cov-append --cov-report=term tests/fault tests/cluster
 
 test-fast: lint
 	$(BIN)/python -m pytest -m 'not full and not slow' -n 2 tests/unit
 
 test-full: lint
 	$(BIN)/python -m pytest -n 2 --cov=rayft --cov-report= tests/unit
-	$(BIN)/python -m pytest $(RAY_TESTS) --cov=rayft --cov-append --cov-report=term tests/cluster tests/fault
+	$(BIN)/python -m pytest $(RAY_TESTS) --cov=rayft --cov-append --cov-report=term tests/fault tests/cluster
 
 bench: install-test
 	$(BIN)/python -m tests.bench.sft

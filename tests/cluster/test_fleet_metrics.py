@@ -17,6 +17,7 @@ from rayft.storage import open_store
 from rayft.train.metrics import METRICS
 from tests.cluster.steps import prepare_folder, small_job
 from tests.nodes import Nodes, ray_nodes
+from tests.processes import below
 from tests.runs import events, rayft, step_reached, wait_until, write_job
 
 SAMPLE = re.compile(r"^(ray_rayft_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
@@ -36,7 +37,7 @@ def train_worker(nodes: Nodes) -> psutil.Process | None:
     """The process of the only rank."""
     [node] = nodes._nodes
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    found = [p for p in raylet.children(recursive=True) if "TrainWorker" in " ".join(p.cmdline())]
+    found = [p for p in below(raylet) if "TrainWorker" in " ".join(p.cmdline())]
     return found[0] if found else None
 
 
