@@ -52,6 +52,7 @@ def test_a_sound_job(folder: Path, capfd: pytest.CaptureFixture[str], local_ray:
         "weights of the engines: 0.0 MB in 1 buckets, every checksum as sent",
         "engine against trainer: mean |Δp|",
         "log-probabilities: micro-batches of one row",
+        "log-probabilities: each answer with its prompt",
         "log-probabilities: padding instead of packing",
         "log-probabilities: one rank instead of all",
         "reference at the start: largest |Δ| to the policy 0",
