@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -30,6 +29,7 @@ from rayft.rlhf.weights import Shipped, ship
 from rayft.spec import Job
 from rayft.storage import node_cache_dir, open_store
 from rayft.train import setup
+from rayft.train.address import free_address
 from rayft.train.evaluate import measure_suites
 from rayft.train.retention import Retention
 
@@ -55,9 +55,7 @@ class ModelActor:
 
     def address(self) -> str:
         """Where the ranks of this role meet; asked of the first."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+        return free_address()
 
     def join(self, rank: int, world_size: int, address: str) -> None:
         """Be this rank, and meet the others."""
