@@ -65,8 +65,7 @@ def plan_with_roles(
 def drawing_bytes(job: Job, architecture: Architecture) -> int:
     """Keys and values of the answers that an engine works on at a time, at their full length, and their logits."""
     working, _ = element_bytes(job.train.precision)
-    unit = job.rollout.unit_prompts * (job.rl.num_generations or 1)
-    answers = min(job.rollout.batch_size, unit)
+    answers = min(job.rollout.batch_size, job.unit_answers)
     token = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim * working
     # The logits of one token each, and what `rayft.generate.decode.sampling` makes of them: log-probabilities, probabilities,
     # their sums in fp64; sorted, with their places, for a nucleus.

@@ -23,7 +23,7 @@ SEED = 1 << 32
 
 
 class HeldOut:
-    """The prompts of data.eval, each answered once at the temperature of the rollouts, by the same seeds every time."""
+    """The prompts of data.eval, each answered `eval.answers` times as in training, by the same seeds every time."""
 
     def __init__(self, plan: RlPlan, chat: ChatTokenizer, store: Store, node_dir: Path) -> None:
         self.plan, self.store = plan, store
@@ -35,18 +35,18 @@ class HeldOut:
     def measure(self, roles: Roles, step: int) -> dict[str, float]:
         """Metrics of the policy after so many steps; keeps the answers as `rollouts/held-out-N.parquet`.
 
-        score (and each source's, `score/NAME`) with its standard error and deviation over prompts; kl: nats an answer to the
-        reference, where there is one; win_rate/NAME: share of prompts whose answer the source scores higher than that of the
-        policy before training, ties half.
+        score (and each source's, `score/NAME`) with its deviation over answers and its standard error, by the means of the
+        prompts; kl: nats an answer to the reference, where there is one; win_rate/NAME: share of the answers that the source
+        scores higher than the same prompt's of the policy before training, ties half.
         """
         job = self.plan.job
         roles.sync(step)
-        rollouts = roles.generate(self.prompts, num_generations=1, seed=job.seed + SEED)
+        rollouts = roles.generate(self.prompts, num_generations=job.eval.answers, seed=job.seed + SEED)
         scores_S, by_source = roles.score(rollouts)
-        metrics = _described("score", scores_S)
+        metrics = _described("score", scores_S, job.eval.answers)
         if len(by_source) > 1:
             for name, scores in by_source.items():
-                metrics |= _described(f"score/{name}", scores)
+                metrics |= _described(f"score/{name}", scores, job.eval.answers)
         metrics["length"] = float(np.mean([len(r.ids) for r in rollouts]))
         metrics["truncated"] = float(np.mean([not r.ended for r in rollouts]))
         if self.plan.reference is not None:
@@ -71,6 +71,8 @@ class HeldOut:
             before = read_rows(self.store, key_of(0, held_out=True))
         except ObjectNotFound:  # eval.before was false
             return {}
+        if len(before) != len(self.prompts) * self.plan.job.eval.answers:  # eval was another when the run began
+            return {}
         rates: dict[str, float] = {}
         for name, scores in by_source.items():
             start = np.array([row[f"score/{name}"] for row in before])
@@ -79,10 +81,15 @@ class HeldOut:
         return rates
 
 
-def _described(name: str, scores: np.ndarray) -> dict[str, float]:
-    deviation = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
+def _described(name: str, scores_S: np.ndarray, answers: int) -> dict[str, float]:
+    """Mean, deviation over answers, and the mean's standard error: answers to one prompt are not independent, prompts are."""
+    prompts_P = scores_S.reshape(-1, answers).mean(axis=1)
     return {
-        name: float(scores.mean()),
-        f"{name}_stderr": deviation / math.sqrt(len(scores)),
-        f"{name}_std": deviation,
+        name: float(scores_S.mean()),
+        f"{name}_stderr": _deviation(prompts_P) / math.sqrt(len(prompts_P)),
+        f"{name}_std": _deviation(scores_S),
     }
+
+
+def _deviation(values: np.ndarray) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0

@@ -195,9 +195,8 @@ class Roles:
         num_generations = num_generations or self.job.rl.num_generations or 1
         seed = self.job.seed if seed is None else seed
         # A unit has as many answers whoever asks, so that single answers to held-out prompts do not leave engines half idle.
-        answers = self.job.rollout.unit_prompts * (self.job.rl.num_generations or 1)
         asked = asked_of(prompts, num_generations)
-        units = units_of(asked, max(1, answers // num_generations) * num_generations, seed)
+        units = units_of(asked, max(1, self.job.unit_answers // num_generations) * num_generations, seed)
         finished = {} if finished is None else finished
         wanted = [unit for unit in units if any(key_of(asked[i]) not in finished for i in unit.answers)]
         done = (

@@ -443,6 +443,9 @@ class Eval(Group):
     batch_size: PositiveInt = Field(16, description="Rows scored or generated at a time by a rank.")
     suites: list[Suite] = Field(default_factory=list)
     before: bool = Field(True, description="Measure the suites before training too.")
+    answers: PositiveInt = Field(
+        1, description="Methods that learn from rewards: answers to each prompt of data.eval."
+    )
 
     @field_validator("suites")
     @classmethod

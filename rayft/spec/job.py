@@ -133,6 +133,11 @@ class Job(Group):
         exact = self.adapter.type == "lora" and not self.adapter.modules_to_save
         return "adapter" if exact else "group"
 
+    @property
+    def unit_answers(self) -> int:
+        """Answers of a unit of generation: `rollout.unit_prompts` prompts with all of theirs."""
+        return (self.rollout.unit_prompts or 1) * (self.rl.num_generations or 1)
+
     def _reinforcement_agrees(self) -> None:
         if not self.reinforced:
             for name, nothing in (
@@ -143,8 +148,13 @@ class Job(Group):
             ):
                 if getattr(self, name) != nothing:
                     raise ValueError(f"{name}: this group does nothing under method {self.method}")
+            if self.eval.answers > 1:
+                raise ValueError(f"eval.answers does nothing under method {self.method}")
             return
         self.rl = self.rl.filled(self.method)
+        if self.rollout.unit_prompts is None:
+            fitting = max(4, 16 // (self.rl.num_generations or 1))
+            self.rollout = self.rollout.model_copy(update={"unit_prompts": fitting})
         if self.train.early_stopping_patience:
             raise ValueError(
                 f"train.early_stopping_patience goes by a loss on data.eval; method {self.method} measures rewards there"

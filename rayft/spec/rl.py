@@ -254,8 +254,10 @@ class Rollout(Group):
         default_factory=list,
         description="Texts that end an answer, beside the end of a turn; they stay in it.",
     )
-    unit_prompts: PositiveInt = Field(
-        4, description="Prompts that are generated together, always the same ones, whoever does it."
+    unit_prompts: PositiveInt | None = Field(
+        None,
+        description="Prompts that are generated together, always the same ones, whoever does it (default: as many as make 16 "
+        "answers, at least 4).",
     )
     batch_size: PositiveInt = Field(64, description="Answers that an engine works on at a time.")
     bucket_mb: PositiveFloat = Field(128.0, description="MB of weights that are gathered and sent at a time.")

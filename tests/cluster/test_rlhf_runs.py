@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -32,7 +33,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "ppo": {
         "rl": {"kl_target": 1.0, "num_mini_batches": 2},
         "zero": {"stage": 1},
-        "eval": {"every_steps": 2},
+        "eval": {"every_steps": 2, "answers": 3},
     },
     "rloo": {"zero": {"stage": 0}, "rollout": {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.9}},
     "reinforce++": {"adapter": LORA, "cluster": {"num_workers": 1}},
@@ -99,12 +100,15 @@ def test_a_run_asks_learns_and_exports(method: str, folder: Path, local_ray: Non
             ).to_pylist()
             for step in (0, 4)
         )
-        assert len(before) == 5
+        assert [row["sample"] for row in before] == 5 * [0, 1, 2]
+        assert len({tuple(row["ids"]) for row in before}) > 5
+        of_prompts = np.array([row["score/small"] for row in before]).reshape(5, 3).mean(axis=1)
+        assert held_out[0]["score/small_stderr"] == pytest.approx(of_prompts.std(ddof=1) / 5**0.5)
         wins = [
             (a["score/small"] > b["score/small"]) + (a["score/small"] == b["score/small"]) / 2
             for a, b in zip(after, before, strict=True)
         ]
-        assert held_out[4]["win_rate/small"] == pytest.approx(sum(wins) / 5)
+        assert held_out[4]["win_rate/small"] == pytest.approx(sum(wins) / 15)
         assert steps[-1]["metrics"]["kl_coef"] != first["kl_coef"]
     ledger = [row for row in log if row["kind"] == "ledger"]
     seen = [row for entry in ledger for what in ("trained", "uniform") for row in entry[what]]

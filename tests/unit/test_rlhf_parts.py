@@ -281,6 +281,16 @@ def test_the_engines_difference_is_weighted_and_measured() -> None:
     assert "kl" not in metrics
 
 
+@pytest.mark.parametrize(
+    ("method", "generations", "prompts"), [("ppo", 1, 16), ("ppo", 4, 4), ("grpo", 8, 4), ("grpo", 3, 5)]
+)
+def test_a_unit_holds_sixteen_answers_if_nothing_is_said(method: str, generations: int, prompts: int) -> None:
+    job = job_of(method, rl={"num_generations": generations}, train={"global_batch_size": 16})
+    assert (job.rollout.unit_prompts, job.unit_answers) == (prompts, prompts * generations)
+    given = job_of(method, rl={"num_generations": generations}, rollout={"max_new_tokens": 8, "unit_prompts": 3})
+    assert given.unit_answers == 3 * generations
+
+
 def test_uniform_groups() -> None:
     job = job_of(rl={"num_generations": 2})
     assert uniform_groups(np.array([1.0, 1.0, 0.0, 1.0]), job).tolist() == [True, False]

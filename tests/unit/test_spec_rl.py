@@ -139,6 +139,7 @@ def test_what_the_methods_choose() -> None:
         ("grpo", {"eval": {"every_steps": 2}}, "eval.every_steps"),
         ("sft", {"rl": {"num_generations": 2}}, "rl: this group does nothing under method sft"),
         ("sft", {}, "rewards: this group does nothing under method sft"),
+        ("sft", {"rewards": [], "eval": {"answers": 2}}, "eval.answers does nothing under method sft"),
     ],
 )
 def test_refused(method: str, groups: dict[str, Any], message: str) -> None:
