@@ -287,7 +287,9 @@ def test_the_engines_difference_is_weighted_and_measured() -> None:
 def test_a_unit_holds_sixteen_answers_if_nothing_is_said(method: str, generations: int, prompts: int) -> None:
     job = job_of(method, rl={"num_generations": generations}, train={"global_batch_size": 16})
     assert (job.rollout.unit_prompts, job.unit_answers) == (prompts, prompts * generations)
-    given = job_of(method, rl={"num_generations": generations}, rollout={"max_new_tokens": 8, "unit_prompts": 3})
+    given = job_of(
+        method, rl={"num_generations": generations}, rollout={"max_new_tokens": 8, "unit_prompts": 3}
+    )
     assert given.unit_answers == 3 * generations
 
 
