@@ -27,10 +27,14 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class NewScore:
-    """Score heads that a model gets if its files hold none; `seed` decides what they begin with."""
+    """Score heads that a model gets if its files hold none; `seed` decides what they begin with.
+
+    zeros: they begin with nothing, as a critic's should: what a random head makes of states is noise in the first advantages.
+    """
 
     heads: int
     seed: int
+    zeros: bool = False
 
 
 @dataclass(frozen=True)

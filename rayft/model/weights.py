@@ -190,7 +190,9 @@ def is_score(name: str) -> bool:
 
 def new_score(shape: torch.Size, score: NewScore) -> torch.Tensor:
     """The weight [heads, hidden] of new score heads, fp32, equal on every rank: normal with standard deviation
-    1 / sqrt(hidden + 1), so that scores begin at a size of about 1 (arXiv:2009.01325, appendix B.1)."""
+    1 / sqrt(hidden + 1), so that scores begin at a size of about 1 (arXiv:2009.01325, appendix B.1); or zeros."""
+    if score.zeros:
+        return torch.zeros(shape)
     generator = torch.Generator().manual_seed(score.seed)
     return torch.randn(shape, generator=generator) / (shape[-1] + 1) ** 0.5
 

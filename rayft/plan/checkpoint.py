@@ -42,8 +42,7 @@ def checkpoint_bytes(
     referenced, not copied."""
     trained = trainable_parameters(job.adapter, of_method(job, architecture))
     if job.reinforced and job.rl.critic:
-        first = next((source.path for source in job.rewards if source.type == "model"), "")
-        body = (scorers or {}).get(first, architecture)
+        body = (scorers or {}).get(job.critic_beginning or "", architecture)
         body = body if body.vocabulary == architecture.vocabulary else architecture
         trained += trainable_parameters(job.adapter, with_score_heads(body, 1))
     return trained * 3 * (2 if job.train.precision == "pure_bf16" else 4)

@@ -32,8 +32,7 @@ def plan_with_roles(
     overhead = OVERHEAD_GPU if on_gpu else OVERHEAD_CPU
     beside: dict[str, int] = {}
     if job.rl.critic and not job.placement.critic.apart:
-        # It begins as the first reward model where that reads the same tokens.
-        first = next((scorers.get(source.path) for source in job.rewards if source.type == "model"), None)
+        first = scorers.get(job.critic_beginning or "")  # if it reads the same tokens
         body = first if first and first.vocabulary == architecture.vocabulary else architecture
         critic = plan_memory(job, with_score_heads(body, 1), stage)
         beside["critic"] = replace(critic, logits=0).device

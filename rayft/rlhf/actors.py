@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +17,7 @@ from rayft.checkpoint import CheckpointReader, CheckpointWriter, Fragment
 from rayft.data.template import Sample
 from rayft.generate.hf import TransformersEngine
 from rayft.learner.learner import Learner, StepResult
-from rayft.model.files import job_files, load_tokenizer
+from rayft.model.files import NewScore, job_files, load_tokenizer
 from rayft.objectives.policy import Clip, PolicyObjective, token_tensors
 from rayft.objectives.value import ValueObjective
 from rayft.rlhf.engines import Answers, GatheredModel, draw_unit
@@ -259,6 +260,7 @@ class CriticActor(LearnerActor):
         job = self.plan.critic
         assert job is not None
         files = job_files(job, node_cache_dir())
+        files = replace(files, score=NewScore(1, job.seed, zeros=True))
         module = setup.build_module(job, files, self.plan.stage, self.device)
         objective = ValueObjective(self.job.rl.value_clip)
         self.learner = Learner(job, module, objective, stage=self.plan.stage, device=self.device)

@@ -135,7 +135,7 @@ def refuse_short_context(job: Job, config: Any) -> None:
 
 
 def critic_job(job: Job, tokenizer: Any, node_dir: Path, say: Callable[[str], None]) -> Job:
-    """The job of the critic's model: the first reward model's body and score head, else the policy's with a new head.
+    """The job of the critic's model: the first reward model's body and score head, else the policy's with a new head (`rl.critic_init`).
 
     It reads the policy's tokens, so a reward model with another vocabulary, with several heads or that cannot be packed does not do.
     """
@@ -143,18 +143,18 @@ def critic_job(job: Job, tokenizer: Any, node_dir: Path, say: Callable[[str], No
         exclude={"rl", "rollout", "rewards", "placement", "dpo", "eval", "tune"}, exclude_unset=True
     )
     values |= {"method": "reward"}
-    models = [source.path for source in job.rewards if source.type == "model"]
-    if not models:
+    path = job.critic_beginning
+    if path is None:
         return parse_job(values)
-    is_adapter = adapter_folder(models[0], node_dir) is not None
-    reason = "it is an adapter" if is_adapter else _unfit(models[0], job, tokenizer, node_dir)
+    is_adapter = adapter_folder(path, node_dir) is not None
+    reason = "it is an adapter" if is_adapter else _unfit(path, job, tokenizer, node_dir)
     if reason:
-        say(f"critic: begins as the policy, not as the reward model {models[0]}: {reason}")
+        say(f"critic: begins as the policy, not as the reward model {path}: {reason}")
         return parse_job(values)
     kept = {
         name: value for name, value in values["model"].items() if name in ("attention", "trust_remote_code")
     }
-    return parse_job({**values, "model": {**kept, "path": models[0]}})
+    return parse_job({**values, "model": {**kept, "path": path}})
 
 
 def _unfit(path: str, job: Job, tokenizer: Any, node_dir: Path) -> str:

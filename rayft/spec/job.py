@@ -134,6 +134,13 @@ class Job(Group):
         return "adapter" if exact else "group"
 
     @property
+    def critic_beginning(self) -> str | None:
+        """Path of the reward model that the critic begins as, if it reads the policy's tokens; None for the policy itself."""
+        if self.rl.critic_init == "policy":
+            return None
+        return next((source.path for source in self.rewards if source.type == "model"), None)
+
+    @property
     def unit_answers(self) -> int:
         """Answers of a unit of generation: `rollout.unit_prompts` prompts with all of theirs."""
         return (self.rollout.unit_prompts or 1) * (self.rl.num_generations or 1)

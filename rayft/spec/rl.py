@@ -127,6 +127,11 @@ class Rl(Group):
     critic_learning_rate: PositiveFloat | None = Field(
         None, description="gae (default: train.learning_rate)."
     )
+    critic_init: Literal["reward", "policy"] = Field(
+        "reward",
+        description="gae: what the critic begins as. reward: the first reward model, where it reads the policy's tokens; policy: the "
+        "policy with a new head that says 0, for reward models that judge unfinished answers far off.",
+    )
     critic_warmup_steps: int = Field(0, ge=0, description="gae: first steps in which only the critic learns.")
     truncated: Literal["score", "penalty", "mask"] = Field(
         "score",
@@ -209,7 +214,13 @@ class Rl(Group):
             raise ValueError(f"rl.clip_low {self.clip_low} lets ratios fall to 0 and below; give less than 1")
         fields = type(self).model_fields
         given = {name for name in fields if getattr(self, name) != fields[name].default}
-        for name in ("critic_learning_rate", "critic_warmup_steps", "gae_lambda", "value_clip"):
+        for name in (
+            "critic_init",
+            "critic_learning_rate",
+            "critic_warmup_steps",
+            "gae_lambda",
+            "value_clip",
+        ):
             if name in given and not self.critic:
                 raise ValueError(
                     f"rl.{name} is for the advantage estimator gae, not {self.advantage_estimator}"

@@ -275,3 +275,17 @@ def test_groups_without_spread_change_nothing(folder: Path, local_ray: None) -> 
     assert step["grad_norm"] == 0.0
     assert len(ledger["trained"]) == 4
     assert len(ledger["uniform"]) == 8
+
+
+def test_a_critic_that_begins_as_the_policy_says_nothing_at_first(folder: Path, local_ray: None) -> None:
+    """Its head is zeros, so that the first advantages are the returns and no noise; then it learns what they are."""
+    model = {"name": "model", "type": "model", "path": str(folder / "scorer")}
+    rl = {"critic_init": "policy", "num_epochs": 1, "critic_learning_rate": 1e-2}
+    job = rl_job(folder, "ppo", name="zero", rewards=[function(folder), model], rl=rl)
+    assert run(job, folder) == 0
+    steps = [
+        row["metrics"] for row in read_log(open_store(folder / "runs" / "zero")) if row["kind"] == "step"
+    ]
+    assert steps[0]["value"] == 0.0
+    assert steps[0]["return"] != 0.0
+    assert steps[-1]["value"] != 0.0

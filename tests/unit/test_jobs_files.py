@@ -100,6 +100,9 @@ def test_a_critic_can_be_made_of_the_ppo_jobs(name: str, tmp_path: Path) -> None
     made = critic_job(job.model_copy(update={"rewards": functions}), None, tmp_path, print)
     assert made.method == "reward"
     assert (made.cluster, made.zero, made.train) == (job.cluster, job.zero, job.train)
+    as_policy = job.rl.model_copy(update={"critic_init": "policy"})  # no reward model is looked at, then
+    made = critic_job(job.model_copy(update={"rl": as_policy}), None, tmp_path, print)
+    assert made.model == job.model
 
 
 @pytest.mark.parametrize(("name", "nodes"), [("grpo_hub_gpu", 3), ("ppo_hub_gpu", 2)])
