@@ -49,9 +49,8 @@ def plan_with_roles(
             model = scorers.get(source.path) if source.type == "model" else None
             # A function or an endpoint touches no GPU.
             idle = 0 if on_gpu and source.type != "model" else overhead
-            each.append(
-                idle + (_looking(job, with_score_heads(model, 1), working, head=False) if model else 0)
-            )
+            looking = _looking(job, with_score_heads(model, 1), working, head=False) if model else 0
+            each += [idle + looking] * source.workers
         beside["rewards"] = max(sum(each[rank::ranks]) for rank in range(ranks))
     generation = 0
     if not job.rollout.engines:

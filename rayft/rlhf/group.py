@@ -65,6 +65,10 @@ class Group:
         assert len(arguments) == len(self)
         return Call([Task(self, rank, method, (one, *shared), {}) for rank, one in enumerate(arguments)])
 
+    def start_with(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Call:
+        """Call `method` on the first ranks, each with arguments of its own."""
+        return Call([Task(self, rank, method, own, {}) for rank, own in enumerate(arguments)])
+
     def start_one(self, rank: int, method: str, *args: Any) -> Call:
         """Call `method` on one rank alone."""
         return Call([Task(self, rank, method, args, {})])

@@ -43,12 +43,15 @@ def lay_out(
     prompts: how many of each answer's tokens are the prompt, where answers to one prompt (`rl.num_generations`, beside each
     other) are to share it in a pack.
     """
-    order = np.arange(len(lengths))
-    if job.rl.num_mini_batches > 1:
-        order = np.random.default_rng([job.seed, step]).permutation(len(lengths))
-    mini_batches = []
     if prompts is not None and not packed:
         raise ValueError("only in a pack can answers share a prompt")
+    order = np.arange(len(lengths))
+    if job.rl.num_mini_batches > 1:
+        # Where a prompt is shared its answers stay beside each other: parting them would compute it once more.
+        beside = (job.rl.num_generations or 1) if prompts is not None else 1
+        groups = np.arange(len(lengths)).reshape(-1, beside)
+        order = np.random.default_rng([job.seed, step]).permutation(groups).ravel()
+    mini_batches = []
     # The last step of an epoch may have fewer answers than mini-batches.
     for part in np.array_split(order, min(job.rl.num_mini_batches, len(order))):
         if prompts is not None:

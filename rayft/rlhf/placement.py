@@ -59,7 +59,7 @@ def table_of(job: Job, *, critic: bool, reference: bool) -> Table:
         # Only a model computes on a GPU; a function or an endpoint takes none from those that do.
         place = placement.rewards
         place = place if source.type == "model" else place.model_copy(update={"gpus": 0.0})
-        roles.append((f"reward {source.name}", place, 1))
+        roles.append((f"reward {source.name}", place, source.workers))
     spots: dict[str, list[Spot]] = {"policy": []}
     # Processes in the bundle of each rank: what they ask for, and None for an equal share of what is left.
     asked: list[list[tuple[str, float | None]]] = [[] for _ in range(ranks)]
@@ -74,7 +74,7 @@ def table_of(job: Job, *, critic: bool, reference: bool) -> Table:
             spots[role] = [Spot(first + number, own.get("GPU", 0.0), threads) for number in range(count)]
         else:
             start = beside if role.startswith("reward ") else 0  # rewards are spread over the bundles
-            beside += role.startswith("reward ")
+            beside += count if role.startswith("reward ") else 0
             for number in range(count):
                 asked[(start + number) % ranks].append((role, place.gpus))
     share = min(_share(per_rank, own) for own in asked)

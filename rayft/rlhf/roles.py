@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -232,8 +233,12 @@ class Roles:
         texts = [rollout.text for rollout in rollouts]
         names = sorted({name for rollout in rollouts for name in rollout.prompt.columns})
         columns = {name: [rollout.prompt.columns.get(name) for rollout in rollouts] for name in names}
+
+        def part(own: slice) -> tuple[Any, ...]:
+            return contents[own], texts[own], {name: values[own] for name, values in columns.items()}
+
         asked = {
-            name: group.start_one(0, "score", contents, texts, columns)
+            name: group.start_with("score", [part(own) for own in parts_of(len(rollouts), len(group))])
             for name, group in self.rewards.items()
         }
         found = {}
@@ -243,8 +248,8 @@ class Roles:
                 f"The reward {source.name} gave no scores for {len(rollouts)} answers within {allowed:g} s.",
                 "Make it faster, or raise its timeout_s.",
             )
-            [[scores]] = wait([asked[source.name]], allowed, late)
-            found[source.name] = np.array(scores, np.float64)
+            [scores] = wait([asked[source.name]], allowed, late)
+            found[source.name] = np.array([score for own in scores for score in own], np.float64)
         total = sum(
             (source.weight * found[source.name] for source in self.job.rewards), np.zeros(len(rollouts))
         )
@@ -339,6 +344,12 @@ class Roles:
         for group in [*self._learners, *self._others]:
             group.kill()
         remove_placement_group(self._reserved)
+
+
+def parts_of(count: int, workers: int) -> list[slice]:
+    """The part of `count` answers of each worker, none empty; which they are never depends on who is fast."""
+    ends = np.linspace(0, count, min(count, workers) + 1).astype(int).tolist()
+    return [slice(first, end) for first, end in pairwise(ends)]
 
 
 def _in_order(found: Sequence[dict[int, np.ndarray]], count: int) -> list[np.ndarray]:

@@ -159,9 +159,6 @@ class Job(Group):
                 raise ValueError(f"eval.answers does nothing under method {self.method}")
             return
         self.rl = self.rl.filled(self.method)
-        if self.rollout.unit_prompts is None:
-            fitting = max(4, 16 // (self.rl.num_generations or 1))
-            self.rollout = self.rollout.model_copy(update={"unit_prompts": fitting})
         if self.train.early_stopping_patience:
             raise ValueError(
                 f"train.early_stopping_patience goes by a loss on data.eval; method {self.method} measures rewards there"
@@ -178,6 +175,9 @@ class Job(Group):
             raise ValueError(
                 f"rl.num_mini_batches {self.rl.num_mini_batches} is more than the {answers} answers of a step"
             )
+        if self.rollout.unit_prompts is None:
+            fitting = min(32, -(-answers // 2)) // (self.rl.num_generations or 1)
+            self.rollout = self.rollout.model_copy(update={"unit_prompts": max(1, fitting)})
         rl = self.rl
         if rl.kl_target is not None and 0.2 * answers >= rl.kl_horizon:
             raise ValueError(

@@ -267,8 +267,8 @@ class Rollout(Group):
     )
     unit_prompts: PositiveInt | None = Field(
         None,
-        description="Prompts that are generated together, always the same ones, whoever does it (default: as many as make 16 "
-        "answers, at least 4).",
+        description="Prompts that are generated together, always the same ones, whoever does it (default: as many as make 32 "
+        "answers, or half of a step's).",
     )
     batch_size: PositiveInt = Field(64, description="Answers that an engine works on at a time.")
     bucket_mb: PositiveFloat = Field(128.0, description="MB of weights that are gathered and sent at a time.")
@@ -339,6 +339,9 @@ class RewardSource(Group):
         None, ge=0, description="http: how often a request that failed is made again (default: 3)."
     )
     batch_size: PositiveInt | None = Field(None, description="http: answers of a request (default: 64).")
+    workers: PositiveInt = Field(
+        1, description="model: processes that share a step's answers, each with a copy of the model."
+    )
 
     @field_validator("path")
     @classmethod
@@ -356,4 +359,6 @@ class RewardSource(Group):
         for name in ("retries", "batch_size"):
             if self.type != "http" and getattr(self, name) is not None:
                 raise ValueError(f"{name} is for type http")
+        if self.type != "model" and self.workers > 1:
+            raise ValueError(f"workers is for type model; a {self.type} has one process")
         return self

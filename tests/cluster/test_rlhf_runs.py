@@ -18,6 +18,7 @@ from rayft.cli import main
 from rayft.report.log import read_log
 from rayft.report.usage_table import collect
 from rayft.rlhf.plan import RlPlan
+from rayft.rlhf.rewards import ModelScorer
 from rayft.storage import open_store
 from tests.cluster.rewards import function, prepare_folder, rl_job
 from tests.fault.test_rlhf_kill import facts
@@ -63,7 +64,7 @@ def test_a_run_asks_learns_and_exports(method: str, folder: Path, local_ray: Non
         groups["data"] = {"eval": [{"path": str(folder / "prompts.jsonl"), "limit": 5}]}
     if "data" in groups:
         groups["data"] = {**rl_job(folder, method).data.model_dump(exclude_unset=True), **groups["data"]}
-    model = {"name": "model", "type": "model", "path": str(folder / "scorer"), "weight": 0.5}
+    model = {"name": "model", "type": "model", "path": str(folder / "scorer"), "weight": 0.5, "workers": 2}
     rewards = [function(folder), model] if method == "ppo" else [function(folder)]
     job = rl_job(folder, method, name=name, rewards=rewards, **groups)
     assert run(job, folder) == 0
@@ -109,6 +110,13 @@ def test_a_run_asks_learns_and_exports(method: str, folder: Path, local_ray: Non
             for a, b in zip(after, before, strict=True)
         ]
         assert held_out[4]["win_rate/small"] == pytest.approx(sum(wins) / 15)
+        source = next(source for source in job.rewards if source.name == "model")
+        alone = ModelScorer(source, dtype=torch.float32)
+        asked, answers = [json.loads(row["prompt"]) for row in before], [row["text"] for row in before]
+        wanted = alone(asked, answers, {})
+        assert [row["score/model"] for row in before] == pytest.approx(wanted, abs=1e-4), (
+            "shared by two workers"
+        )
         assert steps[-1]["metrics"]["kl_coef"] != first["kl_coef"]
     ledger = [row for row in log if row["kind"] == "ledger"]
     seen = [row for entry in ledger for what in ("trained", "uniform") for row in entry[what]]

@@ -183,6 +183,10 @@ def test_answers_to_a_prompt_lie_beside_each_other(ranks: int, mini_batches: int
     lengths = [prompt + int(n) for prompt, n in zip(prompts, rng.integers(1, 30, 20), strict=True)]
     made = lay_out(lengths, job, ranks=ranks, packed=True, step=4, prompts=prompts)
     assert sorted(i for m in made for i in m.answers) == list(range(20))
+    parted = [
+        prompt for prompt in range(5) if sum(any(i // 4 == prompt for i in m.answers) for m in made) > 1
+    ]
+    assert len(parted) < mini_batches, "more prompts are parted than lie over the end of a mini-batch"
     of_prompts = Prompts(lengths, prompts, 4)
 
     def tokens(micro_batch: list[int]) -> int:
@@ -282,10 +286,18 @@ def test_the_engines_difference_is_weighted_and_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "generations", "prompts"), [("ppo", 1, 16), ("ppo", 4, 4), ("grpo", 8, 4), ("grpo", 3, 5)]
+    ("method", "generations", "asked", "prompts"),
+    [
+        ("ppo", 1, 64, 32),
+        ("ppo", 1, 16, 8),
+        ("ppo", 4, 16, 8),
+        ("grpo", 8, 16, 4),
+        ("grpo", 3, 3, 1),
+        ("grpo", 64, 1, 1),
+    ],
 )
-def test_a_unit_holds_sixteen_answers_if_nothing_is_said(method: str, generations: int, prompts: int) -> None:
-    job = job_of(method, rl={"num_generations": generations}, train={"global_batch_size": 16})
+def test_a_unit_is_32_answers_or_half_a_step(method: str, generations: int, asked: int, prompts: int) -> None:
+    job = job_of(method, rl={"num_generations": generations}, train={"global_batch_size": asked})
     assert (job.rollout.unit_prompts, job.unit_answers) == (prompts, prompts * generations)
     given = job_of(
         method, rl={"num_generations": generations}, rollout={"max_new_tokens": 8, "unit_prompts": 3}

@@ -8,6 +8,7 @@ import pytest
 
 from rayft.errors import ResourceError
 from rayft.rlhf.placement import in_physical_order, refuse_beyond, table_of
+from rayft.rlhf.roles import parts_of
 from tests.unit.test_rlhf_parts import job_of
 
 
@@ -89,6 +90,25 @@ def loads(made: Any) -> list[float]:
         for spot in spots:
             taken[spot.bundle] += spot.gpus
     return taken
+
+
+def test_workers_of_rewards_are_spread_over_the_ranks() -> None:
+    models = [
+        {"name": name, "type": "model", "path": "m", "workers": workers}
+        for name, workers in (("a", 1), ("b", 3), ("c", 2))
+    ]
+    made = table(critic=False, reference=False, cluster={"num_workers": 3}, rewards=models)
+    where = [[spot.bundle for spot in made.spots[f"reward {name}"]] for name in "abc"]
+    assert where == [[0], [0, 1, 2], [1, 2]]
+    apart = table(critic=False, reference=False, rewards=models, placement={"rewards": {"apart": True}})
+    assert [role for role, _ in apart.bundles[-6:]] == ["reward a", *["reward b"] * 3, *["reward c"] * 2]
+
+
+@pytest.mark.parametrize(("count", "workers", "sizes"), [(7, 3, [2, 2, 3]), (2, 3, [1, 1]), (4, 1, [4])])
+def test_answers_are_parted_among_workers(count: int, workers: int, sizes: list[int]) -> None:
+    parts = parts_of(count, workers)
+    assert [len(range(count)[own]) for own in parts] == sizes
+    assert [i for own in parts for i in range(count)[own]] == list(range(count))
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3, 4])

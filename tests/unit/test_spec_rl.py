@@ -128,6 +128,11 @@ def test_what_the_methods_choose() -> None:
             "format messages is for given answers",
         ),
         ("grpo", {"rewards": []}, "needs `rewards`"),
+        (
+            "grpo",
+            {"rewards": [{**REWARDS[0], "workers": 2}]},
+            "workers is for type model; a function has one process",
+        ),
         ("grpo", {"rewards": [{**REWARDS[0], "path": "r.py"}]}, "`file.py:name`"),
         ("grpo", {"rewards": [REWARDS[0], REWARDS[0]]}, "two rewards are named 'r'"),
         ("grpo", {"train": {"tokens_per_step": 100}}, "use global_batch_size"),
