@@ -93,6 +93,7 @@ def test_new_heads_follow_the_seed_and_have_the_size_of_one_over_root_of_the_wid
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.std().item() == pytest.approx(1 / 10_001**0.5, rel=0.02)
+    assert not new_score(shape, NewScore(4, 1, zeros=True)).any()
 
 
 def test_the_head_computes_in_fp32_beside_bf16(tmp_path: Path) -> None:
