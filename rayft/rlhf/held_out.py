@@ -71,10 +71,8 @@ class HeldOut:
             before = read_rows(self.store, key_of(0, held_out=True))
         except ObjectNotFound:  # eval.before was false
             return {}
-        if (
-            len(before) != len(self.prompts) * self.plan.job.eval.answers
-        ):  # eval was another when the run began
-            return {}
+        if len(before) != len(self.prompts) * self.plan.job.eval.answers:
+            return {}  # `eval` was another when the run began
         rates: dict[str, float] = {}
         for name, scores in by_source.items():
             start = np.array([row[f"score/{name}"] for row in before])
