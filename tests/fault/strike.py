@@ -59,7 +59,8 @@ def kill_node_of(process: psutil.Process) -> None:
 
 
 class Striker:
-    """Strikes at the first call of the phase that is up, once a step has been taken since the last strike."""
+    """Strikes at the first call of the phase that is up, once a step has been taken since the last strike and what it took is there
+    again."""
 
     def __init__(self, file: Path, log: Path) -> None:
         self._file, self._log = file, log
@@ -74,7 +75,10 @@ class Striker:
         """A method was called somewhere."""
         if not self._left or self._steps == 0 or PHASES[self._left[0][1]] != method:
             return
-        whom, when = self._left.pop(0)
+        whom, when = self._left[0]
+        if whom in ACTORS and not processes(ACTORS[whom]):
+            return  # the one before has taken it, and nobody has needed it since
+        self._left.pop(0)
         self._steps = 0
         self._file.write_text(json.dumps(self._left))
         with self._log.open("a") as file:

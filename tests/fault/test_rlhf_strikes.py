@@ -23,7 +23,7 @@ from tests.runs import ROOT, assert_same_state, events, rayft, write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-STEPS = 10
+STEPS = 14
 #: Layout -> rollout group, roles that hold nothing of their own, phases.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "apart": {"engines": 2, "lag": 1},
