@@ -134,7 +134,7 @@ def take(node: Node) -> None:
     node.process.send_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("kind", ["sft", "rlhf"])
+@pytest.mark.parametrize("kind", ["sft", pytest.param("rlhf", marks=pytest.mark.full)])
 def test_a_node_and_then_all_of_them(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In mid-training, or while answers are drawn: the run moves to the node to spare; then the cluster goes, and on another one
     the same submission finishes it."""
