@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def jobs_of(folder: Path, when: str) -> dict[str, Job]:
-    """The three jobs, of the same name in storages of their own (`when`) or in one beside each other."""
+    """The three jobs, in the storage of that name."""
     storage = str(folder / when)
     tune = {"space": {RATE: {"grid": [1e-3, 2e-3, 3e-3]}}, "searcher": "grid", "max_concurrent": 2}
     return {
