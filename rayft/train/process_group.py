@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from rayft.train.address import free_address
@@ -52,12 +53,18 @@ class Meeting(Backend):
             ray.get(worker_group.execute_async(leave), timeout=SHUTDOWN_S)
 
 
+#: The cleaner gives the workers' room back when the controller has died. It asks the dashboard of the machine's newest Ray whether
+#: the controller lives, and where that is another cluster than its own it takes the room from living workers. Ray itself gives the
+#: room back when the driver ends, which a dead controller brings about; where the driver is an actor, rayft.tune.leftover does.
+LEFT_OUT = (DatasetsCallback, PlacementGroupCleanerCallback)
+
+
 class Trainer(DataParallelTrainer):
-    """Ray Train without data sets of Ray Data, whose actor and imports nothing here needs."""
+    """Ray Train without data sets of Ray Data, whose actor and imports nothing here needs, and without its cleaner."""
 
     def _create_default_callbacks(self) -> list[Any]:
         made = super()._create_default_callbacks()
-        return [callback for callback in made if not isinstance(callback, DatasetsCallback)]
+        return [callback for callback in made if not isinstance(callback, LEFT_OUT)]
 
 
 def join(address: str, backend: str, timeout_s: float) -> None:

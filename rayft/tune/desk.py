@@ -15,6 +15,7 @@ import ray
 from rayft.report.log import Row
 from rayft.train.cluster import amounts, may_grow
 from rayft.tune.capacity import Resources, free_now, nodes_now, total_of, trials_that_fit
+from rayft.tune.leftover import give_back_leftovers
 
 ASK_TIMEOUT_S = 600.0  # a flush to S3 is tried again for minutes
 #: Seconds for which a slot that was granted counts as taken although the cluster's books do not show its workers yet.
@@ -69,6 +70,7 @@ class Desk:
         if self._tokens.get(trial) != token:
             self._free(trial)
             self._tokens[trial] = token
+            give_back_leftovers()
 
     def ask_slot(self, trial: str, bundles: list[Resources]) -> str:
         """ "" where the trial may start its workers now; else what it waits for."""
@@ -158,6 +160,7 @@ class Desk:
 
     def _without_room(self, bundles: list[Resources]) -> str:
         """What is asked for and what is free, where the nodes there are have no room for it now; else ""."""
+        give_back_leftovers()
         free = free_now()
         for slot in self._slots.values():
             if not slot.placed and time.monotonic() - slot.granted < PLACING_S:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from rayft.train.process_group import ProcessGroup, Trainer
 from tests.runs import ROOT
@@ -25,8 +26,8 @@ def test_the_controller_imports_no_torch() -> None:
     assert done.stdout.split() == []
 
 
-def test_no_actor_for_data_sets_is_started() -> None:
+def test_no_actor_for_data_sets_or_cleaning_is_started() -> None:
     trainer = Trainer(print, backend_config=ProcessGroup("gloo", 60))
     kinds = {type(callback) for callback in trainer._create_default_callbacks()}
     assert kinds
-    assert DatasetsCallback not in kinds
+    assert not kinds & {DatasetsCallback, PlacementGroupCleanerCallback}
