@@ -249,6 +249,7 @@ class Loop:
                 step.by_source[name] = np.concatenate([before, scores[kept_S]])
             if kept_P.all():
                 break
+        self.roles.answered()
         return step
 
     def _drawn(self, prompts: Sequence[Prompt]) -> list[Rollout]:

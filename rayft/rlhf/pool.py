@@ -20,7 +20,7 @@ class EnginePool:
         self.version: int | None = None
 
     def forget(self) -> None:
-        """What engines hold is of a policy that is no more."""
+        """What engines hold is not asked for any more. Its copy in the object store is freed, within a second or so."""
         self.version = None
         self._group.forget("take_weights")
 

@@ -179,6 +179,11 @@ class Roles:
             return {}
         return self.engines.send(version, self.policy)
 
+    def answered(self) -> None:
+        """No more answers are drawn by the weights of the last sync: nothing keeps them for an engine that might die."""
+        if self.engines is not None:
+            self.engines.forget()
+
     def generate(
         self,
         prompts: Sequence[Prompt],

@@ -2,6 +2,9 @@
 
 A tensor is copied twice: into the object store (the learner's process writes its own memory there) and out of it into the
 engine's tensor. A bucket of many tensors is one object, of buffers that Ray copies one by one.
+
+Memory of the object store that a process writes for the first time costs several times the copy itself (269 MB: 66,000 page faults,
+0.18 s of 0.2 s). So a version is given up once its answers are drawn, and the next comes to lie where it lay.
 """
 
 from __future__ import annotations
@@ -116,7 +119,7 @@ def unpack(shipments: Sequence[Shipment]) -> tuple[Bucket, list[str], dict[str, 
         began = time.perf_counter()
         pieces = _fetch(shipment)
         began = shipped.spend("get", began)
-        arrays = [own[0] if len(own) == 1 else np.concatenate(own) for own in _by_tensor(shipment, pieces)]
+        arrays = [whole(own) for own in _by_tensor(shipment, pieces)]
         began = shipped.spend("copy", began)
         parts = zip(shipment.names, arrays, shipment.dtypes, shipment.shapes, strict=True)
         named += [(name, tensor_of(array, dtype, shape)) for name, array, dtype, shape in parts]
@@ -130,6 +133,16 @@ def pieces_of(array: np.ndarray) -> list[np.ndarray]:
     if not PIECE < array.nbytes < WHOLE:
         return [array]
     return [array[start : start + PIECE] for start in range(0, array.nbytes, PIECE)]
+
+
+def whole(pieces: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """The pieces as one array: without a copy where they lie one after the other in memory, as in the object store, which keeps an
+    object for as long as any of its pieces is held."""
+    starts = [piece.__array_interface__["data"][0] for piece in pieces]
+    ends = [start + piece.nbytes for start, piece in zip(starts, pieces, strict=True)]
+    if starts[1:] != ends[:-1]:
+        return np.concatenate(pieces)
+    return np.lib.stride_tricks.as_strided(pieces[0], (ends[-1] - starts[0],), (1,), writeable=False)
 
 
 def _by_tensor(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import ray
 import torch
 from torch import nn
 
-from rayft.rlhf.weights import PIECE, WHOLE, pieces_of, receive, ship, unpack
+from rayft.rlhf.weights import PIECE, WHOLE, pieces_of, receive, ship, unpack, whole
 
 #: Elements of bf16 (2 bytes): around the sizes at which a tensor is cut into pieces, and where it is not any more.
 SIZES = (1, PIECE // 2 - 1, PIECE // 2, PIECE // 2 + 1, 3 * PIECE // 2, WHOLE // 2 - 1, WHOLE // 2)
@@ -38,6 +40,18 @@ def test_every_byte_arrives(local_ray: None) -> None:
     assert all(
         torch.equal(a, b) and a.dtype == b.dtype for (_, a), (_, b) in zip(unpacked, named, strict=True)
     )
+    # The tensor of many pieces was not put together: it lies in the object store, where nobody may write.
+    large = dict(unpacked)[f"p{SIZES.index(WHOLE // 2 - 1)}"]
+    pieces = [piece for own in shipments for piece in ray.get(own.ref)[0]]
+    assert any(piece.__array_interface__["data"][0] == large.data_ptr() for piece in pieces)
+
+
+def test_pieces_that_lie_apart_are_put_together() -> None:
+    values = np.arange(64, dtype=np.uint8)
+    beside, apart, turned = [values[:32], values[32:]], [values[:16], values[32:]], [values[32:], values[:32]]
+    assert whole(beside).__array_interface__["data"][0] == values.__array_interface__["data"][0]
+    for pieces in (beside, apart, turned, [values]):
+        assert np.array_equal(whole(pieces), np.concatenate(pieces))
 
 
 @pytest.mark.parametrize("size", [2 * size for size in SIZES])
