@@ -64,6 +64,7 @@ SHOWN: dict[str, tuple[str, str, list[str], dict[str, Any], Wishes]] = {
     ),
     "gpu-sft": ("gpu", "sft_hub_gpu", [], QWEN3_8B, Wishes("urgent", 24)),
     "gpu-grpo": ("gpu", "grpo_hub_gpu", ["name=2026_math.v2"], QWEN3_8B, Wishes()),
+    "gpu-ppo": ("gpu", "ppo_hub_gpu", [], QWEN3_8B, Wishes()),
     "gpu-tune": ("gpu", "tune_hub_gpu", [], QWEN3_8B, Wishes()),
     "aws-spot-lora": (
         "aws-spot",
@@ -78,6 +79,6 @@ SHOWN: dict[str, tuple[str, str, list[str], dict[str, Any], Wishes]] = {
 def shown(name: str) -> Rendered:
     """One of `SHOWN`, rendered from the repository's root."""
     where, what, overrides, config, wishes = SHOWN[name]
-    return render(
-        job(what, *overrides), profile(where), wishes, architecture=read_architecture(config), scorers={}
-    )
+    asked, model = job(what, *overrides), read_architecture(config)
+    scorers = {source.path: model for source in asked.rewards if source.type == "model"}
+    return render(asked, profile(where), wishes, architecture=model, scorers=scorers)

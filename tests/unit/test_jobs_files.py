@@ -105,7 +105,7 @@ def test_a_critic_can_be_made_of_the_ppo_jobs(name: str, tmp_path: Path) -> None
     assert made.model == job.model
 
 
-@pytest.mark.parametrize(("name", "nodes"), [("grpo_hub_gpu", 3), ("ppo_hub_gpu", 2)])
+@pytest.mark.parametrize(("name", "nodes"), [("grpo_hub_gpu", 3), ("ppo_hub_gpu", 3)])
 def test_the_gpu_jobs_fill_their_nodes(name: str, nodes: int) -> None:
     """The nodes they speak of hold them, and one node less does not."""
     from rayft.errors import ResourceError

@@ -176,8 +176,9 @@ def _on(
     saving = None
     if architecture is not None:
         pods = sum(group.pods.count for group in groups)
-        # The fewest that an elastic run may be on, and of learning from rewards those that hold what is trained.
-        savers = max(1, pods * job.cluster.min_workers // (len(needs) * trials))
+        # The fewest nodes that those that are trained, or the least that an elastic run goes on with, may be on.
+        each = max(_ranks_on(job, group.pods.room) for group in groups)
+        savers = math.ceil(job.cluster.min_workers / max(1, each))
         saving = estimated(
             checkpoint_bytes(job, architecture, scorers),
             savers,
@@ -185,6 +186,13 @@ def _on(
             profile.grace.worker_drain_s,
         )
     return Size(job, groups, choice, saving, tuple(notes))
+
+
+def _ranks_on(job: Job, room: Room) -> int:
+    """How many of the ranks that are trained a pod holds."""
+    cluster = job.cluster
+    pairs = ((room.gpus, cluster.gpus_per_worker), (room.cpus, cluster.cpus_per_worker))
+    return int(min(there / asked for there, asked in pairs if asked))
 
 
 def _most_groups(
@@ -282,12 +290,15 @@ def _needs(
     drive a trial, which Ray puts anywhere, so that each of the trial's own has a part of it."""
     found, wanted = [], processes(job)
     driver = math.ceil(driver_mib / len(wanted))
-    for gpus, cpus, role in wanted:
-        if choice is None or architecture is None:
+    small = math.ceil(2 * OVERHEAD_CPU / MIB)
+    asks = [role.startswith("reward ") and not gpus and not _is_model(job, role) for gpus, _, role in wanted]
+    for (gpus, cpus, _), asking in zip(wanted, asks, strict=True):
+        if asking:  # a function, or an endpoint
+            memory = small
+        elif choice is None or architecture is None:
             share = gpus / room.gpus if room.gpus and gpus else cpus / room.cpus
-            memory = int(room.memory_mib * min(1.0, share))
-        elif role.startswith("reward ") and gpus == 0 and not _is_model(job, role):
-            memory = math.ceil(2 * OVERHEAD_CPU / MIB)
+            # Those that ask may all come to lie on one node; what is left there is shared.
+            memory = int((room.memory_mib - small * sum(asks)) * min(1.0, share))
         elif gpus:
             saved = checkpoint_bytes(job, architecture) / job.cluster.min_workers
             memory = GPU_PROCESS_MIB + math.ceil((choice.plan.host + 2 * saved) / MIB)
