@@ -73,6 +73,7 @@ class Roles:
             self._table, self.job.cluster.start_timeout_s if room_s is None else room_s, say
         )
         self._tell_placed(began)
+        self._started_on: set[str] = set()
         self._learners: list[Group] = []
         self._others: list[Group] = []
         self._starting: list[tuple[Group, Call]] = []
@@ -86,6 +87,11 @@ class Roles:
         """Ids of the nodes that the run has room on."""
         return {node for node in placement_group_table(self._reserved)["bundles_to_node_id"].values() if node}
 
+    def began_on_a_lost_node(self) -> bool:
+        """Whether what trains was being started on a node that is gone, which the cluster did not know yet."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return not self._started_on <= alive
+
     def begin(self, epoch: int, resumed_step: int | None, lost: str = "") -> None:
         """Start and build what trains, and have it take in a checkpoint if there is one; the others, too, where they are not there
         or the role was `lost`."""
@@ -95,6 +101,7 @@ class Roles:
         began = time.time()
         await_room(self._reserved, self._table, self.job.cluster.wait_s, self._say)
         self._tell_placed(began)
+        self._started_on = self.nodes()
         self._learners = []
         self.policy = self._learner("policy", PolicyActor)
         self.critic = self._learner("critic", CriticActor) if self.plan.critic else None
@@ -108,6 +115,7 @@ class Roles:
             wait([group.start("load", resumed_step) for group in self._learners], self.timeout_s)
         if self.engines is not None:
             self.engines.forget()
+        self._started_on = set()
 
     def _learner(self, role: str, actor: Any) -> Group:
         group = Group(role, self._maker(role, actor, self.plan), len(self._spots[role]))

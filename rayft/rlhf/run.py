@@ -122,7 +122,7 @@ class Driver:
     def train(self) -> None:
         """To the end of the run. Raises WorkerError once processes died more than `max_failures` times, and PreemptedError where
         the run was asked to stop or nodes that were lost have not come back in time."""
-        failures, lost = 0, ""
+        failures, lost, charged = 0, "", False
         roles = Roles(self.plan, self.recorder, self.console.print)
         try:
             while True:
@@ -143,7 +143,14 @@ class Driver:
                             f"The run was asked to stop ({notice.reason}), and {error.message}",
                             "Start it again under the same name to go on from its last checkpoint.",
                         ) from error
-                    failures += 1
+                    if charged and roles.began_on_a_lost_node():
+                        # The cluster learns of a node's loss after the processes on it have died: still the same failure.
+                        charged = False
+                        message = f"{error.message} Its node was gone, which was not known yet: begun again."
+                        self.recorder.event.remote("recovery", message)
+                        self.show()
+                        continue
+                    failures, charged = failures + 1, True
                     if failures > self.job.cluster.max_failures:
                         raise WorkerError(
                             f"The roles failed more than {self.job.cluster.max_failures} times; the last failure was: {error.message}",

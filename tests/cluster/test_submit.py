@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +20,14 @@ from rich.console import Console
 from cluster.local import LocalCluster
 from rayft.cli import main
 from rayft.fleet.attempts import last_attempt
-from rayft.fleet.client import Client
+from rayft.fleet.client import Client, NoAnswer
 from rayft.fleet.follow import follow
-from rayft.storage import LocalStore
+from rayft.storage import LocalStore, open_store
+from tests.cluster import rewards
 from tests.cluster.steps import prepare_folder, small_job
+from tests.fault.test_rlhf_kill import facts
 from tests.runs import ROOT, assert_same_state, events, step_reached, wait_until, write_job
+from tests.s3 import aws_variables
 from tests.searches import RATE
 from tests.warm.start import as_usual
 
@@ -52,9 +56,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(folder: Path) -> Iterator[LocalCluster]:
-    """A head without work and two nodes with one CPU each."""
+def cluster(folder: Path, s3_server: str) -> Iterator[LocalCluster]:
+    """A head without work and two nodes with one CPU each; they know the S3 server as a fleet's nodes do, and no job says its keys."""
     more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAYFT_CACHE": str(folder / "node")}
+    more |= aws_variables(s3_server)
     with LocalCluster(2, 1, drain_s=0, environment=more) as started:
         yield started
 
@@ -304,6 +309,87 @@ def test_a_search_is_submitted_like_a_run_and_its_trials_are_counted(
     assert "trials: 2 done" in "".join(capfd.readouterr())
     assert store_of(folder, "sweep").exists("best.yaml")
     assert main(["submit", path, "--address", here.address]) == 0, "what is over is not run again"
+
+
+@pytest.mark.full
+def test_a_loop_that_learns_from_rewards_is_submitted_stopped_and_resumed_in_s3(
+    here: LocalCluster,
+    folder: Path,
+    s3_bucket: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(rewards.prepare_folder(folder / "rl"))
+    storage, at = f"s3://{s3_bucket}/runs", ["--address", here.address]
+
+    def job_file(name: str) -> str:
+        job = rewards.rl_job(
+            folder / "rl",
+            "grpo",
+            name=name,
+            storage=storage,
+            model={"path": "model"},
+            data={"train": [{"path": "prompts.jsonl"}]},
+            rewards=[{"name": "small", "type": "function", "path": "rewards.py:slow"}],
+            train={"max_steps": 10},
+            cluster={"num_workers": 2},
+        )
+        return write_job(job, folder / "rl" / f"{name}.yaml").name
+
+    path = job_file("loop")
+    assert main(["submit", path, *at, "--no-wait"]) == 0
+    wait_until("the loop to train", step_reached(open_store(f"{storage}/loop"), 2), timeout_s=WAIT_S)
+    assert main(["stop", "loop", *at, "--timeout", str(WAIT_S)]) == 0
+    assert "loop-1 ended with code 8, preempted, resumable" in "".join(capfd.readouterr())
+    assert main(["resume", "loop", *at]) == 0
+    assert "loop-2 ended with code 0, done" in "".join(capfd.readouterr())
+    assert main(["submit", job_file("calm-loop"), *at]) == 0
+    assert_same_state(f"{storage}/loop", f"{storage}/calm-loop")
+    assert facts(f"{storage}/loop") == facts(f"{storage}/calm-loop")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("power", ["drained", "lost"])
+def test_a_follower_of_a_cluster_that_is_gone_learns_what_the_run_log_knows(
+    folder: Path, power: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Taken away with notice the run says that it can go on; all at once it says nothing, and following ends after a while."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setattr("rayft.fleet.follow.SILENT_S", 15.0)
+    name = f"gone-{power}"
+    path, store = job_file(folder, name, 10_000), store_of(folder, name)
+    more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAYFT_CACHE": str(folder / "node")}
+    with LocalCluster(2, 1, drain_s=60, environment=more) as cluster:
+        for variable, value in cluster.client_environment.items():
+            monkeypatch.setenv(variable, value)
+        assert main(["submit", path, "--address", cluster.address, "--no-wait"]) == 0
+        wait_until("the run to train", training(folder, name), timeout_s=WAIT_S)
+        followed: list[int] = []
+        watching = threading.Thread(
+            target=lambda: followed.append(main(["logs", name, "--follow", "--address", cluster.address]))
+        )
+        watching.start()
+        wait_until(
+            "the follower to begin", lambda: f"{name}-1: running" in capfd.readouterr().out, timeout_s=60
+        )
+        if power == "lost":
+            # Stopped first, so that none of them notices the end of another.
+            for signalled in (signal.SIGSTOP, signal.SIGKILL):
+                for process in list(cluster.processes()):
+                    process.send_signal(signalled)
+        else:
+            cluster.stop(patience_s=90)
+        watching.join(WAIT_S)
+    said = "".join(capfd.readouterr())
+    if power == "lost":
+        assert followed == [NoAnswer.code], said
+        assert "the cluster does not answer; waiting for it" in said
+        assert not events(store, "end")
+    else:
+        assert followed == [8], said
+        assert events(store, "end")[-1]["code"] == 8
+        assert f"Go on: rayft resume {name}" in said
 
 
 @pytest.mark.full

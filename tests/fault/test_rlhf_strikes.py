@@ -134,6 +134,8 @@ def check(folder: Path, layout: str, strikes: list[list[str]], name: str, nodes:
     said = " ".join(
         row["message"] for what in ("recovery", "failure") for row in events(open_store(uri), what)
     )
+    rebuilt = sum(whom in ("policy", "critic", "node") for whom, _ in strikes)
+    assert len(events(open_store(uri), "failure")) <= rebuilt, "a loss was charged for more than once"
     for whom, _ in strikes:
         if whom in ("rollout", "reward", "reference"):
             assert f"the role {whom}" in said, said
