@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import uuid
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from rayft.tune.desk import Desk
 from rayft.tune.leftover import give_back_leftovers
 from tests.runs import wait_until
 
@@ -44,5 +46,11 @@ def test_only_the_room_of_a_dead_process_is_given_back(local_ray: None) -> None:
     assert (state_of(held), state_of(own)) == ("CREATED", "CREATED")
     assert give_back_leftovers() == 0
     ray.kill(alive)
-    wait_until("the other's room to be found", lambda: give_back_leftovers() == 1, timeout_s=30)
+    desk = Desk(None, 1.0, None, yielding=False)
+
+    def after_an_arrival() -> bool:
+        desk.arrive("t0000", uuid.uuid4().hex)
+        return state_of(held) == "REMOVED"
+
+    wait_until("the desk to give back what the trial's last process held", after_an_arrival, timeout_s=30)
     remove_placement_group(own)

@@ -17,8 +17,8 @@ from tests.warm.start import as_usual
 pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.timeout(900)]
 
 SEARCH_S = 600
-#: What a worker may take beyond what it has when its first step begins: such a step takes 2.7 GiB with 4 or fewer of these rows
-#: in a micro-batch, 2.8 with 8 and 3.7 with 16.
+#: What a worker may take beyond what it has when its first step begins: such a step takes 2.7 GiB with 4 of these rows in a
+#: micro-batch, 2.8 with 8 and 3.7 with 16.
 MORE = 3300 << 20
 #: Python imports a module of this name at its start. A thread then waits for what only workers import.
 CUSTOM = """

@@ -372,3 +372,11 @@ def test_a_job_is_only_read() -> None:
     before: tuple[Job, Profile] = (what.model_copy(deep=True), where.model_copy(deep=True))
     render(what, where, architecture=large(), scorers={})
     assert (what, where) == before
+
+
+def test_processes_that_only_ask_fit_beside_those_that_fill_the_nodes() -> None:
+    """Of a model that cannot be looked at, memory is by share: the shares of eight ranks must leave room for a process that asks an
+    endpoint."""
+    made = render(job("ppo_hub_gpu"), profile("gpu"), Wishes(), architecture=None, scorers={})
+    [group] = rayjob(made)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert group["replicas"] == 3
