@@ -8,7 +8,11 @@ import ray
 import torch
 from torch import nn
 
-from rayft.rlhf.weights import PIECE, WHOLE, pieces_of, receive, ship, unpack, whole
+from rayft.rlhf.engines import Held
+from rayft.rlhf.group import Group
+from rayft.rlhf.pool import EnginePool
+from rayft.rlhf.weights import PIECE, WHOLE, Shipment, Shipped, pieces_of, receive, ship, unpack, whole
+from tests.runs import wait_until
 
 #: Elements of bf16 (2 bytes): around the sizes at which a tensor is cut into pieces, and where it is not any more.
 SIZES = (1, PIECE // 2 - 1, PIECE // 2, PIECE // 2 + 1, 3 * PIECE // 2, WHOLE // 2 - 1, WHOLE // 2)
@@ -44,6 +48,43 @@ def test_every_byte_arrives(local_ray: None) -> None:
     large = dict(unpacked)[f"p{SIZES.index(WHOLE // 2 - 1)}"]
     pieces = [piece for own in shipments for piece in ray.get(own.ref)[0]]
     assert any(piece.__array_interface__["data"][0] == large.data_ptr() for piece in pieces)
+
+
+@ray.remote(num_cpus=0)
+class Policy:
+    """Sends its weights as a policy's rank does."""
+
+    def ship(self) -> Shipped:
+        return ship([[("p", torch.ones(PIECE))]], 0, 1)
+
+
+@ray.remote(num_cpus=0)
+class Engine:
+    """Takes weights in as an engine does."""
+
+    def take_weights(self, version: int, shipments: list[Shipment]) -> Held:
+        module = nn.Module()
+        module.register_parameter("p", nn.Parameter(torch.zeros(PIECE)))
+        return Held(version, *receive(module, shipments))
+
+
+def test_a_version_whose_answers_are_drawn_is_given_up(local_ray: None) -> None:
+    policy = Group("policy", lambda _: Policy.remote(), 1)
+    engines = Group("rollout", lambda _: Engine.remote(), 2)
+    pool = EnginePool(engines, timeout_s=60)
+    references = ray._private.worker.global_worker.core_worker.get_all_reference_counts
+    try:
+        before = set(references())
+        assert pool.send(1, policy)["bytes"] == 4 * PIECE
+        kept = set(references()) - before
+        assert kept
+        assert pool.version == 1
+        pool.forget()
+        assert pool.version is None, "the next sync would be left out"
+        wait_until("the version is given up", lambda: not kept & set(references()), timeout_s=30)
+    finally:
+        policy.kill()
+        engines.kill()
 
 
 def test_pieces_that_lie_apart_are_put_together() -> None:
