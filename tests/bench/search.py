@@ -7,7 +7,8 @@ Overhead is CPU time of the whole machine (user and system), so nothing else sho
 
 The optimum is that of one learning rate over seven decades for a tiny model: it is looked up first, by a grid of 29 rates, each a
 run of its own. A search has found it when its best finished trial lies within a factor of 2 of it; what counts is how many
-optimizer steps all its trials together had done by then. It is stopped there, or after as many trials as it may have.
+optimizer steps all its trials together had done by then. It is stopped there, or after as many trials as it may have. Steps are
+counted and not timed, so Ray's workers are forked as in the tests.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tests.cluster.steps import prepare_folder
 from tests.nodes import ray_nodes
 from tests.runs import rayft, write_job
 from tests.searches import RATE, search_of, trials_in
+from tests.warm.start import start
 
 TRIALS = 8
 SEARCH_S = 3600
@@ -87,6 +89,7 @@ def overhead(folder: Path, rounds: int) -> dict[str, Any]:
 
 def optimum(folder: Path, seeds: list[int], trials: int) -> dict[str, Any]:
     """Steps until the optimum is found, by seed: of random without stopping, and of Optuna with ASHA."""
+    start()
     low, high = DECADES
     grid = [float(f"{low * (high / low) ** (n / (GRID_POINTS - 1)):.6g}") for n in range(GRID_POINTS)]
     ranged = {"space": {RATE: {"loguniform": [low, high]}}, "num_trials": trials}
@@ -119,7 +122,8 @@ def optimum(folder: Path, seeds: list[int], trials: int) -> dict[str, Any]:
         print(
             json.dumps(
                 {"optimum": best, "losses": {f"{rate:.2g}": round(loss, 3) for rate, loss in losses.items()}}
-            )
+            ),
+            flush=True,
         )
         for seed in seeds:
             for kind, tune in kinds.items():
