@@ -16,6 +16,9 @@ from tests.tiny import save_tiny, tiny_tokenizer
 
 REWARDS = '''
 import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
 
 def small(prompts, completions, **_):
     """Share of small letters among as many characters as an answer can have."""
@@ -24,6 +27,15 @@ def small(prompts, completions, **_):
 def slow(prompts, completions, **_):
     """The same, so slowly that a step can be hit."""
     time.sleep(0.5)
+    return small(prompts, completions)
+
+def held(prompts, completions, **_):
+    """The same, once there is a file `go` beside this one; a file `asked` says that it was called."""
+    (HERE / "asked").touch()
+    deadline = time.monotonic() + 280
+    while not (HERE / "go").exists():
+        assert time.monotonic() < deadline, f"nobody made {HERE / 'go'}"
+        time.sleep(0.05)
     return small(prompts, completions)
 
 def raises(completions, **_):
