@@ -17,6 +17,17 @@ HEALTH_CHECK = {
 OBJECT_STORE = {"object_store_memory": 100 << 20}
 
 
+def drain(address: str, node_id: str, seconds: float) -> None:
+    """Announce to the cluster of that address that a node is taken away in so many seconds, as Ray does on a spot notice."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + seconds) * 1000)
+    accepted, why = GcsClient(address=address).drain_node(node_id, reason, "spot notice", deadline_ms)
+    assert accepted, why
+
+
 class Nodes:
     """A head that takes no work, and nodes with one CPU each, on addresses of their own."""
 
@@ -35,16 +46,8 @@ class Nodes:
         return self._cluster.add_node(node_ip_address=address, **given)
 
     def drain(self, node_id: str, seconds: float) -> None:
-        """Announce that a node is taken away in so many seconds, as Ray does on a spot notice."""
-        from ray._raylet import GcsClient
-        from ray.core.generated import autoscaler_pb2
-
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        deadline_ms = int((time.time() + seconds) * 1000)
-        accepted, why = GcsClient(address=self.address).drain_node(
-            node_id, reason, "spot notice", deadline_ms
-        )
-        assert accepted, why
+        """`drain` of a node of this cluster."""
+        drain(self.address, node_id, seconds)
 
     @property
     def head(self) -> str:

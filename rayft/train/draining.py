@@ -6,10 +6,13 @@ Ray starts nothing new on it and says by when it is gone. The ranks then save an
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection
 
 import ray
+
+from rayft.errors import LeaseLost, PreemptedError, RayftError, ResourceError, WorkerError
 
 
 def draining_nodes() -> dict[str, float]:
@@ -56,3 +59,21 @@ def describe(node: str, going: dict[str, float]) -> str:
     left = going[node]
     within = f" within {max(0.0, left):.0f} s" if left != float("inf") else ""
     return f"node {address} is taken away{within}"
+
+
+def as_taken_away(error: BaseException) -> BaseException:
+    """What an error means where the driver's own node is being taken away: that nothing can be started there any more, or that
+    processes died with it, which is resumable and no failure of the job. Every other error as it is."""
+    if isinstance(error, LeaseLost) or not isinstance(
+        error, (WorkerError, ResourceError, ray.exceptions.RayError)
+    ):
+        return error
+    with contextlib.suppress(Exception):  # a cluster that is gone already says nothing
+        here, going = ray.get_runtime_context().get_node_id(), draining_nodes()
+        if here in going:
+            why = error.message if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
+            return PreemptedError(
+                f"The driver's {describe(here, going)}: {why}",
+                "Start it again under the same name to go on from its last checkpoint.",
+            )
+    return error

@@ -25,6 +25,7 @@ from rayft.storage import Store, open_store
 from rayft.train import fork
 from rayft.train.account import owner_of_run
 from rayft.train.cluster import connect, refuse_impossible
+from rayft.train.draining import as_taken_away
 from rayft.train.finish import finish, show_result
 from rayft.train.history import End, EndedBefore, already_ended, refuse_other_origin, take_job
 from rayft.train.link import Link
@@ -120,12 +121,15 @@ def _run(
         _record_end(recorder, store, 0, "done")
     except EndedBefore:
         raise
-    except RayftError as error:
-        _record_end(recorder, store, error.code, error.message, terminal=error.terminal)
-        raise
-    except BaseException as error:
-        _record_end(recorder, store, 1, f"{type(error).__name__}: {error}")
-        raise
+    except BaseException as raised:
+        error = as_taken_away(raised)
+        if isinstance(error, RayftError):
+            _record_end(recorder, store, error.code, error.message, terminal=error.terminal)
+        else:
+            _record_end(recorder, store, 1, f"{type(error).__name__}: {error}")
+        if error is raised:
+            raise
+        raise error from raised
     finally:
         if link is not None:
             link.detach()

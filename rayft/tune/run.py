@@ -26,6 +26,7 @@ from rayft.spec import Job, Log, changed_keys, dump_job
 from rayft.storage import Store, open_store
 from rayft.train.account import owner_of_run
 from rayft.train.cluster import connect
+from rayft.train.draining import as_taken_away
 from rayft.train.finish import job_of_run
 from rayft.train.fit import refuse_lost
 from rayft.train.history import last_end
@@ -179,13 +180,16 @@ def _search(
             choice = answer(store, job, console)
         _end(recorder, store, job, 0, "done")
         say(console, close_parent(job, store, choice, 0))
-    except BaseException as error:
+    except BaseException as raised:
+        error = as_taken_away(raised)
         if recorder is not None:
             code = error.code if isinstance(error, RayftError) else 1
             message = error.message if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
             _end(recorder, store, job, code, message)
             say(console, close_parent(job, store, None, code))
-        raise
+        if error is raised:
+            raise
+        raise error from raised
     finally:
         lease.release()
 

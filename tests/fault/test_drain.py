@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import pytest
 from rayft.storage import open_store
 from tests.cluster.steps import prepare_folder, small_job
 from tests.nodes import Nodes, ray_nodes
-from tests.runs import assert_same_state, events, losses, rayft, step_reached, wait_until, write_job
+from tests.runs import ROOT, assert_same_state, events, losses, rayft, step_reached, wait_until, write_job
+from tests.searches import RATE, search_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -115,6 +119,77 @@ def test_the_drivers_node_takes_the_run_with_it(runs: Runs, nodes: Nodes) -> Non
         assert run.wait() == 0, run.output()
     assert events(store, "resume")[-1]["repeated"] == 0
     assert_same_state(runs.uri("ended"), runs.uri("whole"))
+
+
+GOING = """
+import sys
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rayft.errors import JobError, LeaseLost, ResourceError, WorkerError
+from rayft.train.draining import as_taken_away
+from tests.nodes import drain
+
+ERRORS = [WorkerError("a"), ResourceError("b"), JobError("c"), LeaseLost("d")]
+
+
+class Here:
+    def ready(self):
+        return True
+
+
+def start():
+    there = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Here).options(num_cpus=0, scheduling_strategy=there).remote()
+    assert ray.get(actor.ready.remote(), timeout=60)
+    return actor
+
+
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+kept = start()
+print(*(as_taken_away(error).code for error in ERRORS))
+drain(sys.argv[1], ray.get_runtime_context().get_node_id(), 60)
+print(*(as_taken_away(error).code for error in ERRORS))
+try:
+    start()
+except ray.exceptions.RayError as error:
+    print(type(error).__name__, as_taken_away(error).code, as_taken_away(error))
+"""
+
+
+def test_what_cannot_start_on_a_node_that_goes_is_no_failure(nodes: Nodes) -> None:
+    """Nor what dies with it; a mistake in the job and another driver stay what they are."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", GOING, nodes.address],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after, late = done.stdout.splitlines()
+    assert before.split() == ["9", "4", "2", "9"]
+    assert after.split() == ["8", "8", "2", "9"]
+    assert late.startswith("ActorUnschedulableError 8 The driver's node "), late
+    assert " is taken away within " in late
+
+
+@pytest.mark.parametrize("verb", ["run", pytest.param("tune", marks=pytest.mark.full)])
+def test_the_drivers_node_goes_before_training_begins(verb: str, runs: Runs, nodes: Nodes) -> None:
+    name = f"early-{verb}"
+    store, path = open_store(runs.uri(name)), runs.job(name)
+    if verb == "tune":
+        job = search_of(runs.folder, name, {"space": {RATE: {"grid": [1e-3]}}, "searcher": "grid"})
+        path = write_job(job, runs.folder / f"{name}.yaml")
+    with rayft(verb, str(path), log=runs.folder / f"{name}.log", RAY_ADDRESS=nodes.address) as run:
+        wait_until("its beginning", lambda: events(store, "open"), run)
+        nodes.drain(nodes.head, 60)
+        assert run.wait() == 8, run.output()
+    assert events(store, "failure") == []
 
 
 @pytest.mark.full

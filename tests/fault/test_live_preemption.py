@@ -169,7 +169,7 @@ def test_a_node_and_then_all_of_them(kind: str, tmp_path: Path, monkeypatch: pyt
 def test_ten_notices_at_random_moments(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever they hit, while it starts, loads, trains, saves or moves: no more than one step is lost, and the end is the same.
     The third, sixth, ninth and tenth are to all nodes at once."""
-    run = Run(kind, tmp_path, 200 if kind == "sft" else 24)
+    run = Run(kind, tmp_path, 600 if kind == "sft" else 24)
     run.undisturbed()
     store, rng, given = run.store, random.Random(0), 0
     while given < 10:
@@ -188,6 +188,7 @@ def test_ten_notices_at_random_moments(kind: str, tmp_path: Path, monkeypatch: p
                 cluster.add_node()
     with cluster_of(2, monkeypatch) as cluster:
         assert run.submit(cluster) == 0
+    assert {event["code"] for event in events(store, "end")} <= {0, 8}, "a notice was taken for a failure"
     resumed = events(store, "resume")
     assert resumed, "no notice came while it trained"
     assert all(event["repeated"] <= 1 for event in resumed), resumed
