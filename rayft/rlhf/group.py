@@ -12,6 +12,9 @@ import ray
 from rayft.errors import RayftError, WorkerError
 from rayft.train.failures import as_rayft_error, worker_failure
 
+#: How often a wait that can be given up asks whether it should be.
+HEED_EVERY_S = 1.0
+
 
 class RoleDied(WorkerError):
     """A process of a role is gone, and what it held is rebuilt from the last checkpoint."""
@@ -129,19 +132,29 @@ class Call:
     tasks: list[Task]
 
 
-def wait(calls: Sequence[Call], timeout_s: float, late: RayftError | None = None) -> list[list[Any]]:
+def wait(
+    calls: Sequence[Call],
+    timeout_s: float,
+    late: RayftError | None = None,
+    heed: Callable[[], None] | None = None,
+) -> list[list[Any]]:
     """The results of each call, rank by rank; raises as `first_done` does."""
     left = [task for call in calls for task in call.tasks]
     results: dict[int, Any] = {}
     while left:
-        task, result = first_done(left, timeout_s, late)
+        task, result = first_done(left, timeout_s, late, heed)
         left.remove(task)
         results[id(task)] = result
     return [[results[id(task)] for task in call.tasks] for call in calls]
 
 
-def first_done(tasks: Sequence[Task], timeout_s: float, late: RayftError | None = None) -> tuple[Task, Any]:
-    """The first of the tasks that is done, and its result.
+def first_done(
+    tasks: Sequence[Task],
+    timeout_s: float,
+    late: RayftError | None = None,
+    heed: Callable[[], None] | None = None,
+) -> tuple[Task, Any]:
+    """The first of the tasks that is done, and its result. heed: called every second of the wait; it may raise to give it up.
 
     A process that died, or that was silent for `timeout_s`, is started again and asked again where its role can; else RoleDied is
     raised (`late`, if given, for silence). Raises the RayftError that ended a task, and MemoryExceededError where one had no
@@ -150,7 +163,12 @@ def first_done(tasks: Sequence[Task], timeout_s: float, late: RayftError | None 
     deadline = time.monotonic() + timeout_s
     while True:
         by_ref = {task.ref: task for task in tasks}
-        ready, silent = ray.wait(list(by_ref), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        left_s = max(0.0, deadline - time.monotonic())
+        patience_s = left_s if heed is None else min(HEED_EVERY_S, left_s)
+        ready, silent = ray.wait(list(by_ref), num_returns=1, timeout=patience_s)
+        if heed is not None and not ready and patience_s < left_s:
+            heed()
+            continue
         if ready:
             task = by_ref[ready[0]]
             try:

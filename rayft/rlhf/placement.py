@@ -126,19 +126,28 @@ def refuse_beyond(table: Table, nodes: Sequence[tuple[str, Resources]]) -> None:
             )
 
 
-def reserve(table: Table, timeout_s: float, say: Callable[[str], None]) -> PlacementGroup:
-    """All bundles or none. Raises ResourceError after the time-out."""
+def reserve(
+    table: Table, timeout_s: float, say: Callable[[str], None], heed: Callable[[], None] = lambda: None
+) -> PlacementGroup:
+    """All bundles or none. Raises ResourceError after the time-out, and what `heed` raises."""
     reserved = placement_group([dict(need) for _, need in table.bundles], strategy="PACK")
     try:
-        await_room(reserved, table, timeout_s, say)
+        await_room(reserved, table, timeout_s, say, heed)
     except BaseException:
         remove_placement_group(reserved)
         raise
     return reserved
 
 
-def await_room(reserved: PlacementGroup, table: Table, timeout_s: float, say: Callable[[str], None]) -> None:
-    """Return when all bundles have their room (again, after a node was lost). Raises ResourceError after the time-out."""
+def await_room(
+    reserved: PlacementGroup,
+    table: Table,
+    timeout_s: float,
+    say: Callable[[str], None],
+    heed: Callable[[], None] = lambda: None,
+) -> None:
+    """Return when all bundles have their room (again, after a node was lost). Raises ResourceError after the time-out. Every few
+    seconds of the wait it is said, and `heed` is called, which may raise to give it up."""
     needs = ", ".join(
         f"{count} x {_amounts(need)} ({role})" for (role, need), count in _counted(table.bundles)
     )
@@ -153,6 +162,7 @@ def await_room(reserved: PlacementGroup, table: Table, timeout_s: float, say: Ca
                 "Free resources, ask for fewer, or raise cluster.start_timeout_s (of the first start) or cluster.wait_s.",
             )
         say(f"waiting for {needs}; free: {free}")
+        heed()
 
 
 def place(actor: Any, reserved: PlacementGroup, spot: Spot, environment: dict[str, str], *args: Any) -> Any:

@@ -53,14 +53,21 @@ class Roles:
     """
 
     def __init__(
-        self, plan: RlPlan, recorder: Any, say: Callable[[str], None], *, room_s: float | None = None
+        self,
+        plan: RlPlan,
+        recorder: Any,
+        say: Callable[[str], None],
+        *,
+        room_s: float | None = None,
+        heed: Callable[[], None] = lambda: None,
     ) -> None:
         """room_s: how long to wait for room even where the nodes there are could never hold all; others may come in the place of
-        those that are gone."""
+        those that are gone. heed: called every few seconds while what trains is not there yet; it may raise to give that up."""
         self.plan, self.job, self.recorder = plan, plan.job, recorder
         self.hang_s = self.job.cluster.hang_timeout_s
         self.timeout_s = max(SLOW_S, self.hang_s)
         self._say, self._version = say, 0
+        self._heed, self._beginning = heed, True
         self._environment = worker_environment(self.job, plan.stage)
         self._table = table_for(plan)
         self._spots = self._table.spots
@@ -70,7 +77,7 @@ class Roles:
         self.devices = self._table.devices
         began = time.time()
         self._reserved = reserve(
-            self._table, self.job.cluster.start_timeout_s if room_s is None else room_s, say
+            self._table, self.job.cluster.start_timeout_s if room_s is None else room_s, say, heed
         )
         self._tell_placed(began)
         self._started_on: set[str] = set()
@@ -98,8 +105,8 @@ class Roles:
         for group in [*self._learners, *(group for group in self._others if group.role == lost)]:
             group.kill()
         self._others = [group for group in self._others if group.role != lost]
-        began = time.time()
-        await_room(self._reserved, self._table, self.job.cluster.wait_s, self._say)
+        began, self._beginning = time.time(), True
+        self._await_room()
         self._tell_placed(began)
         self._started_on = self.nodes()
         self._learners = []
@@ -109,22 +116,29 @@ class Roles:
         self._start_others()
         # Those that were starting when another role died are waited for here as well: if one failed, this is where it is told.
         starting = [call for group, call in self._starting if group in self._others]
-        wait([*building, *starting], self.timeout_s)
+        self._begun([*building, *starting])
         self._starting = []
         if resumed_step is not None:
-            wait([group.start("load", resumed_step) for group in self._learners], self.timeout_s)
+            self._begun([group.start("load", resumed_step) for group in self._learners])
         if self.engines is not None:
             self.engines.forget()
-        self._started_on = set()
+        self._started_on, self._beginning = set(), False
+
+    def _begun(self, calls: list[Call]) -> list[list[Any]]:
+        return wait(calls, self.timeout_s, heed=self._heed)
+
+    def _await_room(self) -> None:
+        heed = self._heed if self._beginning else lambda: None
+        await_room(self._reserved, self._table, self.job.cluster.wait_s, self._say, heed)
 
     def _learner(self, role: str, actor: Any) -> Group:
         group = Group(role, self._maker(role, actor, self.plan), len(self._spots[role]))
         self._learners.append(group)
-        order = in_physical_order(group.call("where", timeout_s=self.timeout_s))
+        [where] = self._begun([group.start("where")])
+        order = in_physical_order(where)
         group.actors = [group.actors[index] for index in order]
-        [[address]] = wait([group.start_one(0, "address")], self.timeout_s)
-        joining = [group.start_one(rank, "join", rank, len(group), address) for rank in range(len(group))]
-        wait(joining, self.timeout_s)
+        [[address]] = self._begun([group.start_one(0, "address")])
+        self._begun([group.start_one(rank, "join", rank, len(group), address) for rank in range(len(group))])
         return group
 
     def _start_others(self) -> None:
@@ -159,7 +173,7 @@ class Roles:
 
         def make(rank: int) -> Any:
             # After a node was lost there may be no room for a while, which is said.
-            await_room(self._reserved, self._table, self.job.cluster.wait_s, self._say)
+            self._await_room()
             return place(actor, self._reserved, spots[rank], self._environment, *args, rank, len(spots))
 
         return make

@@ -123,7 +123,7 @@ class Driver:
         """To the end of the run. Raises WorkerError once processes died more than `max_failures` times, and PreemptedError where
         the run was asked to stop or nodes that were lost have not come back in time."""
         failures, lost, charged = 0, "", False
-        roles = Roles(self.plan, self.recorder, self.console.print)
+        roles = Roles(self.plan, self.recorder, self.console.print, heed=self._heed_early)
         try:
             while True:
                 try:
@@ -167,7 +167,13 @@ class Driver:
         """Roles on nodes that stay. Raises PreemptedError where there is no room in time."""
         self.show()
         with self._waiting_for_others():
-            return Roles(self.plan, self.recorder, self.console.print, room_s=self.job.cluster.wait_s)
+            return Roles(
+                self.plan,
+                self.recorder,
+                self.console.print,
+                room_s=self.job.cluster.wait_s,
+                heed=self._heed_early,
+            )
 
     @contextlib.contextmanager
     def _waiting_for_others(self) -> Iterator[None]:
@@ -260,3 +266,19 @@ class Driver:
         self.show()
         refuse_lost(self.lease)
         return self._notice
+
+    def _heed_early(self) -> None:
+        """Leave where that is asked for while what trains is not there yet: all there is, is in the last checkpoint. Raises Moving
+        and PreemptedError."""
+        Drains(end=self.ask_to_stop, move=lambda _: None).look(
+            ()
+        )  # nobody else looks while room is waited for
+        if self._notice is None:
+            return
+        if self._notice.moving:
+            self.recorder.event.remote("moving", "left before its processes were there")
+            raise Moving(f"Not begun, since {self._notice.reason}.")
+        raise PreemptedError(
+            f"The run was asked to stop ({self._notice.reason}) before its processes were there.",
+            "Start it again under the same name to go on.",
+        )

@@ -132,3 +132,23 @@ def test_without_a_place_to_go_it_ends_resumable(folder: Path, wholes: dict[str,
     with rayft("run", str(path), log=folder / "nowhere.log") as run:
         assert run.wait() == 0, run.output()
     assert_same_state(nowhere, whole)
+
+
+@pytest.mark.parametrize("how", ["node", pytest.param("signal", marks=pytest.mark.full)])
+def test_told_to_end_while_it_waits_for_room(how: str, folder: Path, nodes: Nodes) -> None:
+    """It has saved, nothing of it runs, and it may wait for long: it ends at once, and says how."""
+    path, waiting = job_file(folder, "grpo", f"waiting-{how}", wait_s=1000)
+    store = open_store(waiting)
+    with rayft("run", str(path), log=folder / f"waiting-{how}.log", RAY_ADDRESS=nodes.address) as run:
+        wait_until("step 1", step_reached(store, 1), run)
+        for node in nodes.ids[:2]:
+            nodes.drain(node, 300)
+        wait_until("its wait", lambda: "waiting for 2 x 1 CPU (policy)" in run.output(), run)
+        if how == "node":
+            nodes.drain(nodes.head, 300)
+        else:
+            run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 8, run.output()
+    [end] = events(store, "end")
+    assert "before its processes were there" in end["message"]
+    assert ("the driver's node" in end["message"]) is (how == "node")
