@@ -270,9 +270,8 @@ class Driver:
     def _heed_early(self) -> None:
         """Leave where that is asked for while what trains is not there yet: all there is, is in the last checkpoint. Raises Moving
         and PreemptedError."""
-        Drains(end=self.ask_to_stop, move=lambda _: None).look(
-            ()
-        )  # nobody else looks while room is waited for
+        drains = Drains(end=self.ask_to_stop, move=lambda _: None)
+        drains.look(())  # nobody else looks while room is waited for
         if self._notice is None:
             return
         if self._notice.moving:

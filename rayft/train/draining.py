@@ -64,9 +64,8 @@ def describe(node: str, going: dict[str, float]) -> str:
 def as_taken_away(error: BaseException) -> BaseException:
     """What an error means where the driver's own node is being taken away: that nothing can be started there any more, or that
     processes died with it, which is resumable and no failure of the job. Every other error as it is."""
-    if isinstance(error, LeaseLost) or not isinstance(
-        error, (WorkerError, ResourceError, ray.exceptions.RayError)
-    ):
+    meant = (WorkerError, ResourceError, ray.exceptions.RayError)
+    if isinstance(error, LeaseLost) or not isinstance(error, meant) or not ray.is_initialized():
         return error
     with contextlib.suppress(Exception):  # a cluster that is gone already says nothing
         here, going = ray.get_runtime_context().get_node_id(), draining_nodes()
