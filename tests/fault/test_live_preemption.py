@@ -169,7 +169,7 @@ def test_a_node_and_then_all_of_them(kind: str, tmp_path: Path, monkeypatch: pyt
 def test_ten_notices_at_random_moments(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever they hit, while it starts, loads, trains, saves or moves: no more than one step is lost, and the end is the same.
     The third, sixth, ninth and tenth are to all nodes at once."""
-    run = Run(kind, tmp_path, 600 if kind == "sft" else 24)
+    run = Run(kind, tmp_path, 3000 if kind == "sft" else 24)
     run.undisturbed()
     store, rng, given = run.store, random.Random(0), 0
     while given < 10:
