@@ -1,8 +1,9 @@
 """Kill parts of a search: it ends with the trials and the best one of an undisturbed one, and none is run twice.
 
-The matrix: {driver, a trial's driver, a worker, a node, everything} x {before, during, after a report}, for a grid and for ASHA.
-"before": a step behind the last report has been made; "during": the run has measured and the search has not written it down;
-"after": the search has. What is hit when the window of "during" is missed is the next report, so the cell holds either way.
+The matrix: {driver, a trial's driver, a worker, a node, everything} x {before, during, after a report}, for a grid, for random
+values and for ASHA. "before": a step behind the last report has been made; "during": the run has measured and the search has
+not written it down; "after": the search has. What is hit when the window of "during" is missed is the next report, so the cell
+holds either way.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 #: One after another, so that ASHA's decisions rest on the same trials in the same order.
 GRID = {"space": {RATE: {"grid": [1e-3, 3e-2, 1e-6]}}, "searcher": "grid", "max_concurrent": 1}
+RANDOM = {
+    "space": {RATE: {"loguniform": [1e-6, 3e-2]}},
+    "searcher": "random",
+    "num_trials": 3,
+    "max_concurrent": 1,
+}
 ASHA = {**GRID, "scheduler": "asha", "reduction_factor": 2}
+KINDS = {"grid": GRID, "random": RANDOM, "asha": ASHA}
 WHEN = ("before", "during", "after")
 SEARCH_S = 420
 REPORT = 4
@@ -59,7 +67,7 @@ class Searches:
 
     def whole(self, tune: dict[str, Any]) -> Path:
         """The search that nobody disturbed."""
-        name = f"whole-{tune.get('scheduler', 'none')}"
+        name = f"whole-{tune.get('scheduler', tune['searcher'])}"
         if name not in self._whole:
             self._whole[name] = self.run_to_end(name, tune)
         return self._whole[name]
@@ -176,10 +184,10 @@ def test_a_search_that_lost_everything_goes_on(searches: Searches) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["grid", "asha"])
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("what", ["driver", "trial driver", "worker", "node", "everything", "told"])
 def test_the_matrix(searches: Searches, what: str, when: str, kind: str) -> None:
-    tune = {"grid": GRID, "asha": ASHA}[kind]
+    tune = KINDS[kind]
     name = f"{what}-{when}-{kind}".replace(" ", "-")
     assert_same_search(disturb(searches, name, tune, [(what, "t0001", when)]), searches.whole(tune))
