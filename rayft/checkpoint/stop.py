@@ -12,6 +12,8 @@ import time
 from rayft.storage import ObjectNotFound, Store
 
 STOP_KEY = "stop.json"
+#: What Ray gives a driver between SIGTERM and SIGKILL when its submission is stopped; its own 3 s save nothing.
+STOP_WAIT_S = 120
 
 
 def request_stop(store: Store, reason: str, submission: str | None = None) -> None:

@@ -8,13 +8,12 @@ import time
 from rich.console import Console
 from rich.markup import escape
 
-from rayft.checkpoint.stop import request_stop
+from rayft.checkpoint.stop import STOP_WAIT_S, request_stop
 from rayft.errors import RayftError, WorkerError
 from rayft.fleet.attempts import Attempt, attempt_of, last_attempt
 from rayft.fleet.client import Client
 from rayft.fleet.follow import POLL_S, say_outcome
 from rayft.fleet.outcome import RunFolder, outcome_of
-from rayft.fleet.submit import STOP_WAIT_S
 
 
 def stop(run: str, address: str | None, *, timeout_s: float, console: Console | None = None) -> int:
@@ -25,7 +24,10 @@ def stop(run: str, address: str | None, *, timeout_s: float, console: Console | 
     if not attempt.live:
         _say(f"The run {attempt.run} is not running; {attempt.submission} has ended.", console)
         return 0
-    if attempt.status == "RUNNING" and ask(attempt, console):
+    if not attempt.number:
+        # A RayJob's: KubeRay starts one anew that ends by itself before its work is done, and leaves one that was stopped.
+        _say(f"{attempt.submission} is a RayJob's; stopping its submission, which asks by SIGTERM.", console)
+    elif attempt.status == "RUNNING" and ask(attempt, console):
         attempt = wait_for_end(client, attempt, timeout_s)
         if attempt.live:
             _say(f"It has not ended within {timeout_s:.0f} s; stopping its submission.", console)

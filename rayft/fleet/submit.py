@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import rayft
+from rayft.checkpoint.stop import STOP_WAIT_S
 from rayft.errors import JobError, ResourceError
 from rayft.fleet.attempts import Attempt, attempt_of, attempts_of, describe
 from rayft.fleet.client import Client
@@ -21,9 +22,6 @@ from rayft.fleet.package import ENTRYPOINT, Package, package, packages_of
 from rayft.fleet.version import SUBMITTER_VERSION
 from rayft.report.text import gib
 from rayft.spec import Job, load_job
-
-#: What Ray gives a driver between SIGTERM and SIGKILL when its submission is stopped; its own 3 s save nothing.
-STOP_WAIT_S = 120
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from rayft.errors import JobError
 from rayft.spec.explain import explain
 from rayft.spec.job import Job
+from rayft.spec.kubernetes import CREDENTIALS, TOKEN
 
 
 class _Loader(yaml.SafeLoader):
@@ -113,7 +115,9 @@ def _override_value(text: str) -> Any:
 
 
 def parse_job(values: dict[str, Any], where: str = "the job") -> Job:
-    """Validate a raw mapping. Raises JobError that lists every wrong key."""
+    """Validate a raw mapping. Raises JobError that lists every wrong key, and for a secret: the job is written in plain text into
+    run folders, packages and reports."""
+    _refuse_secrets(values, where)
     try:
         # a group whose every line is commented out reads as null
         return Job.model_validate({key: value for key, value in values.items() if value is not None})
@@ -122,6 +126,28 @@ def parse_job(values: dict[str, Any], where: str = "the job") -> Job:
             f"{where}: {'; '.join(explain(error.errors()))}.",
             "`rayft schema` lists every key with its meaning.",
         ) from None
+
+
+def _refuse_secrets(values: dict[str, Any], where: str) -> None:
+    for key, text in _texts(values, ""):
+        for pattern, what in ((TOKEN, "a token or key"), (CREDENTIALS, "a URL with a password")):
+            if pattern.search(text):
+                raise JobError(
+                    f"{where}: {key} holds {what}, and a job is stored in plain text.",
+                    "Give it in the environment (HF_TOKEN, AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD, WANDB_API_KEY …).",
+                )
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every text below a value, with the key that it is at."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _texts(inner, f"{key}.{number}")
 
 
 def dump_job(job: Job) -> str:

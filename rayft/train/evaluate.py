@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from rayft.data.corpus import Corpus
 from rayft.data.order import Order
-from rayft.data.step import StepPlan, plan_step
+from rayft.data.step import MicroBatch, StepPlan, plan_step
 from rayft.generate.hf import TransformersEngine
 from rayft.generate.scores import ScoreEngine
 from rayft.learner.learner import Learner
@@ -77,17 +77,17 @@ def evaluation_steps(plan: RunPlan, corpus: Corpus, world_size: int, together: b
 
 
 def evaluation_loss(
-    plan: RunPlan, learner: Learner[Objective], rank: int, world_size: int
+    plan: RunPlan, learner: Learner[Objective], rank: int, world_size: int, look: Callable[[], None]
 ) -> tuple[float, int, dict[str, float]]:
     """Mean loss and metrics over all evaluation rows, and how many tokens (for sft) or rows they are means over; equal
-    on all ranks."""
+    on all ranks. look: called before every micro-batch, by all ranks; it raises to give the evaluation up."""
     assert plan.eval_spec is not None
     corpus = setup.open_corpus(plan, plan.eval_spec)
     objective, count = learner.objective, 0
     sums: Counter[str] = Counter()
     for step in evaluation_steps(plan, corpus, world_size, objective.together):
         objective.begin_step(learner.infer, corpus, step, rank)
-        loss, metrics = learner.loss(objective.collate(corpus, batch) for batch in step.micro_batches[rank])
+        loss, metrics = learner.loss(_collated(objective, corpus, step.micro_batches[rank], look))
         sums.update({"loss": loss, **metrics})
         count += objective.denominator(step)
     names = sorted(sums)
@@ -95,6 +95,14 @@ def evaluation_loss(
     dist.all_reduce(total)
     means = dict(zip(names, (total / max(count, 1)).tolist(), strict=True))
     return means.pop("loss"), count, means
+
+
+def _collated(
+    objective: Objective, corpus: Corpus, batches: list[MicroBatch], look: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        look()
+        yield objective.collate(corpus, batch)
 
 
 def _kept(store: Store, key: str) -> dict[str, Any] | None:

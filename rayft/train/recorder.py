@@ -44,9 +44,10 @@ class Recorder:
         self._released = -1
         self._waiting_since: float | None = None
 
-    def open(self, began: float, owner: dict[str, str]) -> None:
-        """The driver's first word. began: when it started. owner: `user` and `team`, who the run is counted for."""
-        devices = devices_of(self.job, self.job.cluster.min_workers)
+    def open(self, began: float, owner: dict[str, str], *, holds: bool = True) -> None:
+        """The driver's first word. began: when it started. owner: `user` and `team`, who the run is counted for. holds: whether it
+        holds the devices of its job; a search holds none beside its trials."""
+        devices = devices_of(self.job, self.job.cluster.min_workers) if holds else {}
         message = f"by {owner['user']}" + (f", team {owner['team']}" if owner["team"] else "")
         self.log.event("open", message, began=round(began, 3), devices=devices, **owner)
         self.metrics = RunMetrics(self.job.name, owner, self._before)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
-from rayft.checkpoint.stop import forget_old_requests, requested_stop
+from rayft.checkpoint.stop import STOP_KEY, forget_old_requests, requested_stop
 from rayft.errors import StorageError
 from rayft.storage import Store
 from rayft.train.signals import StopSignals
@@ -44,4 +45,7 @@ class StopRequests:
                 continue  # a storage that is away for a while says nothing
             if reason and not self._closed.is_set():
                 self._signals.request(reason)
+                # Another cluster numbers its submissions from one again: what is heard must not be there for its first.
+                with contextlib.suppress(StorageError):
+                    self._store.delete([STOP_KEY])
                 return

@@ -39,7 +39,7 @@ FLUSH_TIMEOUT_S = 600.0
 
 
 class Abandoned(Exception):
-    """The step under way is given up; its gradients are half summed, and nothing was updated."""
+    """What is under way is given up, since the ranks should leave: a step whose gradients are half summed, or an evaluation."""
 
 
 class Worker:
@@ -54,6 +54,8 @@ class Worker:
         self.step, self.position = 0, 0
         self.tokens = self.trained_tokens = 0
         self.saving_s, self.saved_step = 0.0, 0
+        #: Whether the loss on held-out rows is still to be measured at this step.
+        self.unmeasured = False
         self.notice: Notice | None = None
         self._pending_beat: Any = None
         setup.use_threads(self.job)
@@ -87,6 +89,10 @@ class Worker:
         """The run, from where it stands to its end."""
         if self.step == 0 and self.job.eval.before:
             self._suites("before")
+        if self.unmeasured:  # the start before left in the middle of it
+            self._evaluate()
+            if self._agree_to_leave():
+                self._leave()
         while self._more() and not self.stopping.stop:
             if self._at_report():
                 self._wait_at_gate()
@@ -112,7 +118,8 @@ class Worker:
             self.tokens += step_plan.tokens
             self.trained_tokens += step_plan.trained_tokens
             self._refuse_divergence(result)
-            if self._due(self.job.eval.every_steps):
+            self.unmeasured = self._due(self.job.eval.every_steps)
+            if self.unmeasured:
                 self._evaluate()
             leave = self._agree_to_leave()
             result.seconds |= {"data": planned - started, "checkpoint": self.saving_s}
@@ -170,6 +177,11 @@ class Worker:
         wanted = self.notice is not None and not (at_once and self.notice.reason == NO_MORE_SHARDS)
         return setup.agree(wanted, torch.device("cpu"), self.control)
 
+    def _refuse_to_go_on(self) -> None:
+        """Raise Abandoned where the ranks should leave at once; a collective."""
+        if self._agree_to_leave(at_once=True):
+            raise Abandoned
+
     def _leave(self) -> NoReturn:
         """Save what is not saved, and leave together: rank 0 commits last, and Ray ends the group with its first rank."""
         heard = [notice for notice in setup.gather(self.notice) if notice is not None]
@@ -209,8 +221,8 @@ class Worker:
         leave: the state of the last step is whole, and nodes that are taken away do not wait for this one."""
         for number, micro_batch in enumerate(micro_batches):
             self._beat("train")
-            if number and self._agree_to_leave(at_once=True):
-                raise Abandoned
+            if number:
+                self._refuse_to_go_on()
             yield self.learner.objective.collate(self.corpus, micro_batch)
         self._beat("train")
 
@@ -227,11 +239,21 @@ class Worker:
             raise diverged(self.step, f"the loss {result.loss:.4g} exceeds train.max_loss {limit:g}")
 
     def _evaluate(self) -> None:
+        """Measure the loss on held-out rows; it is left for the next start where the ranks should leave meanwhile, since the step
+        before it is whole and nodes that are taken away do not wait."""
         assert self.plan.eval_spec is not None
         self._beat("evaluate")
         began = time.perf_counter()
-        with self._beating("evaluate"):
-            loss, count, metrics = evaluation_loss(self.plan, self.learner, self.rank, self.world_size)
+        try:
+            with self._beating("evaluate"):
+                loss, count, metrics = evaluation_loss(
+                    self.plan, self.learner, self.rank, self.world_size, self._between_evaluations
+                )
+        except Abandoned:
+            why = f"the evaluation at step {self.step} is given up; the next start begins with it"
+            self._tell("event", "unmeasured", why, step=self.step)
+            return
+        self.unmeasured = False
         self.stopping.seen(loss)
         unit = "tokens" if self.job.method == "sft" else "rows"
         row = {"kind": "eval", "step": self.step, "loss": loss, unit: count, "metrics": metrics}
@@ -243,6 +265,10 @@ class Worker:
                 f"no better evaluation loss than {self.stopping.best:.4f} for {self.stopping.bad} evaluations",
                 step=self.step,
             )
+
+    def _between_evaluations(self) -> None:
+        self._beat("evaluate")
+        self._refuse_to_go_on()
 
     def _suites(self, when: str) -> None:
         self._beat("evaluate")
@@ -262,6 +288,7 @@ class Worker:
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
             "stopping": self.stopping.state(),
+            "unmeasured": self.unmeasured,
         }
         try:
             if self.rank == 0:
@@ -405,6 +432,7 @@ class Worker:
         self.saved_step = self.step
         self.tokens, self.trained_tokens = state["tokens"], state["trained_tokens"]
         self.stopping.restore(state["stopping"])
+        self.unmeasured = state.get("unmeasured", False) and self._due(self.job.eval.every_steps)
 
     # -- talking to the recorder -------------------------------------------------------------------------------
 

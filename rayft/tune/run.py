@@ -26,7 +26,7 @@ from rayft.spec import Job, Log, changed_keys, dump_job
 from rayft.storage import Store, open_store
 from rayft.train.account import owner_of_run
 from rayft.train.cluster import connect
-from rayft.train.draining import as_taken_away
+from rayft.train.draining import Drains, as_taken_away
 from rayft.train.finish import job_of_run
 from rayft.train.fit import refuse_lost
 from rayft.train.history import last_end
@@ -170,7 +170,7 @@ def _search(
             recorder = start_recorder(
                 job.model_copy(update={"log": Log()}), search_uri, lease.owner, lease.epoch
             )
-            ray.get(recorder.open.remote(began, owner_of_run()), timeout=ASK_TIMEOUT_S)
+            ray.get(recorder.open.remote(began, owner_of_run(), holds=False), timeout=ASK_TIMEOUT_S)
             if look_first is not None:
                 look_first(job, search_uri, recorder, console)
             book = Book(store, recorder, lease.epoch)
@@ -271,6 +271,8 @@ class Search:
                 error.append(error_of(caught))
 
         thread = threading.Thread(target=fit, name="rayft-tune", daemon=True)
+        # A trial looks after the nodes that it is on; the driver's is the search's own.
+        drains = Drains(end=self.leave, move=lambda _: None)
         with (
             self.signals.asking(self.leave),
             SearchTable(self.console, self.tune.aims, Space(self.job).trials) as table,
@@ -280,6 +282,7 @@ class Search:
                 thread.join(timeout=LOOK_EVERY_S)
                 table.show(self.book.states())
                 refuse_lost(self.lease)
+                drains.look(())
                 if self.kept.fatal is not None:
                     self.leave(self.kept.fatal.message)
                 elif not self._leaving and (spent := self.spending.over()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from typing import Any
@@ -159,7 +160,13 @@ def trial_job(search: Job, run: str, values: dict[str, Any], forked: Fork | None
     checkpoint: dict[str, Any] = {}
     if search.tune is not None and search.tune.scheduler in FORKING:
         # A decision names a checkpoint of another trial, which goes on while the fork waits for its turn.
-        checkpoint["keep"] = max(job.checkpoint.keep, KEPT_FOR_FORKS)
+        reports = job.eval.every_steps or 1
+        between = job.checkpoint.every_steps or reports  # a run that waits at a report has saved there anyway
+        checkpoint["every_steps"] = between
+        # Forked is that of the donor's comparison before, when another trial comes to its next.
+        rounds = 2 * (search.tune.perturb_steps or reports)
+        saved = sum(math.ceil(rounds / steps) for steps in {reports, between})
+        checkpoint["keep"] = max(job.checkpoint.keep, KEPT_FOR_FORKS, saved + 1)
     if forked:
         checkpoint["fork_from"] = f"{storage}/{forked.run}@{forked.step}"
     return job.model_copy(

@@ -36,6 +36,8 @@ from rayft.tune.segment import Segment, run_name, trial_job
 ASK_TIMEOUT_S = 900.0  # the desk may wait for a flush
 ASK_EVERY_S = 0.5
 LOOK_EVERY_S = 2.0
+#: What a trial has spent is in every report; budgets hold between two, and what was spent before a kill is known.
+SPENT_EVERY_S = 60.0
 #: What the process that drives a trial takes; its workers are placed apart. Memory, since a machine's CPUs may all be theirs.
 DRIVER = PlacementGroupFactory([{"memory": 500e6}])
 MICRO_BATCH = "train.micro_batch_size"
@@ -145,11 +147,6 @@ class TrialRun(Trainable):  # type: ignore[misc]
                 continue
             except Unshared as error:
                 return self._fatal(error)
-            except MemoryExceededError as error:
-                smaller = self._smaller(segment, error)
-                if smaller is None:
-                    return self._failed(segment, error)
-                segment = smaller
             except PreemptedError as error:
                 if self._stopping():
                     raise Leaving(self._stopping()) from error
@@ -159,7 +156,11 @@ class TrialRun(Trainable):  # type: ignore[misc]
                     return self._failed(segment, error)
                 segment = self._anew()  # the nodes did not come in time
             except RayftError as error:
-                return self._failed(segment, error)
+                # By the code: a run whose process was killed after its end says once more how it ended.
+                smaller = self._smaller(segment) if error.code == MemoryExceededError.code else None
+                if smaller is None:
+                    return self._failed(segment, error)
+                segment = smaller
             self._under_way = segment
             report = segment.pending()
         step, numbers, done = report
@@ -172,7 +173,7 @@ class TrialRun(Trainable):  # type: ignore[misc]
 
     def _await(self, segment: Segment) -> tuple[int, dict[str, float], bool]:
         """The next report of a run under way. Raises what ended the run."""
-        looked = time.monotonic()
+        looked = told = time.monotonic()
         while True:
             report = segment.listen(ASK_EVERY_S)
             if segment.saw_baseline and (key := baseline_key(segment.job)) and segment.shares_baseline:
@@ -184,6 +185,9 @@ class TrialRun(Trainable):  # type: ignore[misc]
                 self._ask("placed", self.trial)
             if report is not None:
                 return report
+            if time.monotonic() - told > SPENT_EVERY_S:
+                told = time.monotonic()
+                self._ask("tell", {"event": "spent", "trial": self.trial, **segment.spent()})
             if time.monotonic() - looked > LOOK_EVERY_S:
                 looked = time.monotonic()
                 if reason := self._stopping():
@@ -276,7 +280,7 @@ class TrialRun(Trainable):  # type: ignore[misc]
         }
         return Segment(job, run, last, spent, gated=self.about.gated)
 
-    def _smaller(self, segment: Segment, error: RayftError) -> Segment | None:
+    def _smaller(self, segment: Segment) -> Segment | None:
         """The same trial with half the rows in a forward pass, from where it stood; None where there is nothing left to halve."""
         state = trials_of(read_all(self.search))[self.trial]
         tried = sum(one.reason.startswith("out of memory") for one in state.segments)

@@ -19,9 +19,10 @@ from rich.console import Console
 
 from cluster.local import LocalCluster
 from rayft.cli import main
-from rayft.fleet.attempts import last_attempt
+from rayft.fleet.attempts import ATTEMPT, PACKAGE, describe, last_attempt
 from rayft.fleet.client import Client, NoAnswer
 from rayft.fleet.follow import follow
+from rayft.report.usage import usage_of
 from rayft.storage import LocalStore, open_store
 from tests.cluster import rewards
 from tests.cluster.steps import prepare_folder, small_job
@@ -285,6 +286,27 @@ def test_a_run_that_does_not_answer_is_stopped(
 
 
 @pytest.mark.full
+def test_a_rayjobs_submission_is_stopped_and_not_asked_to_end(
+    here: LocalCluster, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """KubeRay takes an end by 8 for a failure, and starts the run again; it saves all the same."""
+
+    def of_rayjob(*given: Any) -> dict[str, str]:
+        return {key: value for key, value in describe(*given).items() if key not in (ATTEMPT, PACKAGE)}
+
+    job = job_file(folder, "kube", 10_000)
+    with monkeypatch.context() as other:
+        other.setattr("rayft.fleet.submit.describe", of_rayjob)
+        assert main(["submit", job, "--address", here.address, "--no-wait"]) == 0
+    wait_until("the run to train", training(folder, "kube"), timeout_s=WAIT_S)
+    assert main(["stop", "kube", "--address", here.address]) == 0
+    assert "kube-1 is a RayJob's" in "".join(capfd.readouterr())
+    assert last_attempt(Client(here.address), "kube").status == "STOPPED"
+    [end] = events(store_of(folder, "kube"), "end")
+    assert (end["code"], "SIGTERM" in end["message"]) == (8, True)
+
+
+@pytest.mark.full
 def test_a_search_is_submitted_like_a_run_and_its_trials_are_counted(
     here: LocalCluster, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +330,13 @@ def test_a_search_is_submitted_like_a_run_and_its_trials_are_counted(
     assert main(["status", "sweep", "--address", here.address]) == 0
     assert "trials: 2 done" in "".join(capfd.readouterr())
     assert store_of(folder, "sweep").exists("best.yaml")
+    used, trials = (
+        usage_of(name, store)
+        for name, store in ((n, store_of(folder, n)) for n in ("sweep", "sweep/trials/sweep-t0000"))
+    )
+    assert used is not None
+    assert trials is not None
+    assert (sum(used.parts.values()), sum(trials.parts.values()) > 0) == (0, True), "its trials are counted"
     assert main(["submit", path, "--address", here.address]) == 0, "what is over is not run again"
 
 

@@ -10,7 +10,7 @@ import pytest
 from rayft.spec import load_job
 from rayft.storage import open_store
 from tests.cluster.steps import prepare_folder
-from tests.runs import losses, rayft, write_job
+from tests.runs import events, losses, rayft, wait_until, write_job
 from tests.searches import RATE, search_of, trials_in
 from tests.warm.start import as_usual
 
@@ -51,8 +51,10 @@ def _workers_as_usual() -> Iterator[None]:
         yield
 
 
-def test_a_trial_out_of_memory_goes_on_with_a_smaller_micro_batch(tmp_path: Path) -> None:
-    """The same global batch, until it fits; one that cannot be made smaller has failed, and the search goes on."""
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_trial_out_of_memory_goes_on_with_a_smaller_micro_batch(killed: bool, tmp_path: Path) -> None:
+    """The same global batch, until it fits. killed: everything, when a run has said that it ran out of memory and the trial has not
+    begun the next."""
     folder = prepare_folder(tmp_path, intermediate_size=1 << 16)
     (folder / "custom").mkdir()
     (folder / "custom" / "sitecustomize.py").write_text(CUSTOM.replace("MORE", str(MORE)))
@@ -60,6 +62,13 @@ def test_a_trial_out_of_memory_goes_on_with_a_smaller_micro_batch(tmp_path: Path
     tune = {"space": {RATE: {"grid": [1e-3, 2e-3]}}, "searcher": "grid", "max_concurrent": 1}
     job = search_of(folder, "large", tune, train=train, eval={"batch_size": 1})
     path, uri = write_job(job, folder / "large.yaml"), folder / "runs" / "large"
+    if killed:
+        first = open_store(uri / "trials" / "large-t0000")
+        with rayft("tune", str(path), log=folder / "large.log", PYTHONPATH=str(folder / "custom")) as search:
+            wait_until("the end of the first run", lambda: events(first, "end"), search, SEARCH_S)
+            search.kill_tree()
+        assert events(first, "end")[-1]["code"] == 7
+        assert len(trials_in(uri)["t0000"].segments) == 1, "killed too late for what is to be shown"
     with rayft("tune", str(path), log=folder / "large.log", PYTHONPATH=str(folder / "custom")) as search:
         assert search.wait(SEARCH_S) == 0, search.output()
         assert "out of memory: micro_batch_size 16 -> 8" in search.output()

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rayft.report.log import read_log
 from rayft.storage import open_store
 from tests.cluster.steps import prepare_folder, small_job
 from tests.nodes import Nodes, ray_nodes
@@ -119,6 +121,72 @@ def test_the_drivers_node_takes_the_run_with_it(runs: Runs, nodes: Nodes) -> Non
         assert run.wait() == 0, run.output()
     assert events(store, "resume")[-1]["repeated"] == 0
     assert_same_state(runs.uri("ended"), runs.uri("whole"))
+
+
+@pytest.mark.full
+def test_the_driver_of_a_searchs_node_takes_the_trials_with_it(runs: Runs, nodes: Nodes) -> None:
+    """Its trials are on other nodes, and save."""
+    uri = runs.uri("searched")
+    tune = {"space": {RATE: {"grid": [1e-3]}}, "searcher": "grid", "scheduler": "none"}
+    groups = {"train": {"max_steps": 400}, "eval": {"every_steps": 400}, "checkpoint": {"every_steps": 400}}
+    path = write_job(search_of(runs.folder, "searched", tune, **groups), runs.folder / "searched.yaml")
+    trial = open_store(uri / "trials" / "searched-t0000")
+    with rayft("tune", str(path), log=runs.folder / "searched.log", RAY_ADDRESS=nodes.address) as search:
+        wait_until("step 3", step_reached(trial, 3), search)
+        nodes.drain(nodes.head, 60)
+        assert search.wait() == 8, search.output()
+    [end] = events(open_store(uri), "end")
+    assert "the driver's node" in end["message"]
+    assert events(open_store(uri), "failure") == []
+    assert events(trial, "end")[-1]["code"] == 8
+    assert events(trial, "checkpoint"), "the trial has saved"
+
+
+def test_an_evaluation_is_given_up_and_measured_by_the_next_start(runs: Runs) -> None:
+    """Evaluations are far longer than steps; the notice comes in one of them."""
+    groups: dict[str, Any] = {
+        "data": {
+            "train": [{"path": str(runs.folder / "rows.jsonl")}],
+            "eval": [{"path": str(runs.folder / "rows.jsonl")}] * 6,
+            "packing": False,
+            "max_length": 256,
+        },
+        "eval": {"every_steps": 1},
+    }
+    ends: dict[str, list[Any]] = {}
+    for name in ("measured", "measured-whole"):
+        job = small_job(
+            runs.folder,
+            name=name,
+            train={
+                "max_steps": 3,
+                "precision": "bf16",
+                "micro_batch_size": 1,
+                "global_batch_size": 16,
+                "early_stopping_patience": 3,
+            },
+            zero={"stage": 2},
+            cluster={"num_workers": 2, "max_failures": 0},
+            checkpoint={"every_steps": 1000},
+            **groups,
+        )
+        store, path = open_store(runs.uri(name)), write_job(job, runs.folder / f"{name}.yaml")
+        if name == "measured":
+            with runs.start(path) as run:
+                wait_until("step 1", step_reached(store, 1), run)
+                time.sleep(2)  # into the evaluation after the second
+                run.process.send_signal(signal.SIGTERM)
+                assert run.wait() == 8, run.output()
+            assert len(events(store, "unmeasured")) == 1
+        with runs.start(path) as run:
+            assert run.wait() == 0, run.output()
+        ends[name] = [
+            (row["step"], row["loss"], row["metrics"]) for row in read_log(store) if row["kind"] == "eval"
+        ]
+    assert [step for step, _, _ in ends["measured"]] == [1, 2, 3]
+    assert ends["measured"] == ends["measured-whole"]
+    assert events(open_store(runs.uri("measured")), "resume")[-1]["repeated"] == 0
+    assert_same_state(runs.uri("measured"), runs.uri("measured-whole"))
 
 
 GOING = """

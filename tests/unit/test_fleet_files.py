@@ -218,7 +218,7 @@ KUBECTL = """#!/bin/sh
 echo "$@" >> "$RECORD"
 case "$*" in
   *"get rayjob"*) cat "$STATE" ;;
-  *"apply -f -"*) cat > "$RECORD.yaml"; [ -z "$REFUSE" ] || { echo "error: $REFUSE" >&2; exit 1; }; echo applied ;;
+  *"apply --server-side --force-conflicts -f -"*) cat > "$RECORD.yaml"; [ -z "$REFUSE" ] || { echo "error: $REFUSE" >&2; exit 1; }; echo applied ;;
 esac
 """
 

@@ -267,8 +267,8 @@ def test_no_secret_of_the_submitter_is_in_a_manifest(name: str, monkeypatch: pyt
             "data.train.0.system=Say planted ray token with spaces and go on",
             "what this shell's RAY_AUTH_TOKEN holds",
         ),
-        ("log.mlflow=https://me:word@host/x", "a URL with a password .*mlflow"),
-        ("log.wandb=hf_" + "a" * 30, "a token or key .*wandb"),
+        ("log.mlflow=https://me:word@host/x", r"log\.mlflow holds a URL with a password"),
+        ("log.wandb=hf_" + "a" * 30, r"log\.wandb holds a token or key"),
     ],
 )
 def test_a_secret_in_the_job_is_refused_and_not_repeated(

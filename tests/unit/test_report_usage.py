@@ -87,6 +87,12 @@ def test_an_undisturbed_run_by_hand() -> None:
     assert used(undisturbed().rows).state == "done"
 
 
+def test_a_search_holds_nothing_beside_its_trials() -> None:
+    log = Log().event(0, "open", began=T0, user="ann", team="nlp", devices={}).event(3600, "end", code=0)
+    usage = used(log.rows)
+    assert (usage.unit, sum(usage.parts.values()), usage.state) == ("CPU", 0, "done")
+
+
 def test_steps_that_were_computed_again_and_the_way_back() -> None:
     log = Log().open(0).begin(10, None).step(20, 1, seconds=10).step(30, 2).step(40, 3)
     # A worker dies at some time after 40; the group stands again at 60 and resumes from step 1.

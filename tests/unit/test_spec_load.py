@@ -41,6 +41,22 @@ def refused(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("log.mlflow=https://me:word@host/x", "log.mlflow holds a URL with a password"),
+        ("log.wandb=hf_" + "a" * 30, "log.wandb holds a token or key"),
+        ("data.train.0.system=AKIAABCDEFGHIJKLMNOP", "data.train.0.system holds a token or key"),
+        ("unknown=https://me:word@host/x", "unknown holds a URL with a password"),
+    ],
+)
+def test_a_secret_is_refused_and_not_repeated(job_file: Path, override: str, said: str) -> None:
+    """A job is written as it is into the run folder, packages and reports."""
+    sentence = refused(job_file, override)
+    assert said in sentence
+    assert override.partition("=")[2] not in sentence
+
+
 def test_defaults_are_filled_in(job_file: Path) -> None:
     job = load_job(job_file)
     assert (job.method, job.adapter.type, job.train.global_batch_size, job.zero.stage) == (

@@ -65,6 +65,9 @@ def test_the_driver_hears_a_wish_while_it_trains_and_before(
         request_stop(store, "rayft stop", "a-1")
         assert told.wait(30), "waited 30 s for the wish to be heard"
     assert heard == ["rayft stop"]
+    # Another cluster calls its first submission a-1 again.
+    assert not store.exists(STOP_KEY)
+    request_stop(store, "rayft stop", "a-1")
     with (
         StopSignals() as signals,
         pytest.raises(PreemptedError, match="rayft stop"),

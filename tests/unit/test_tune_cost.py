@@ -43,3 +43,6 @@ def test_gpus_are_counted_where_there_are_any() -> None:
     cost = cost_of(trials_of(ledger.rows), ledger.rows, 4)
     assert (cost.unit, cost.hours) == ("GPU", 2.5)
     assert value_of(trials_of(ledger.rows)["t0000"], "gpu_hours") == 2.5
+    ledger.add("spent", "t0000", gpu_hours=3.5, cpu_hours=12.0, seconds=13)  # between two reports
+    trial = trials_of(ledger.rows)["t0000"]
+    assert (trial.gpu_hours, trial.step, trial.status) == (3.5, 4, "running")

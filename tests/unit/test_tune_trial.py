@@ -95,6 +95,22 @@ def test_more_checkpoints_are_kept_only_where_others_fork_them(scheduler: str) -
         assert found.checkpoint.keep == (max(keep, KEPT_FOR_FORKS) if forks else keep)
 
 
+@pytest.mark.parametrize(
+    ("perturb", "reports", "saves", "kept"), [(12, 1, 3, 33), (12, 1, None, 25), (4, 2, None, KEPT_FOR_FORKS)]
+)
+def test_checkpoints_of_two_comparisons_are_kept(
+    perturb: int, reports: int, saves: int | None, kept: int
+) -> None:
+    """A trial forks the donor's of its last comparison, when the donor may be about to come to its next."""
+    job = changed(
+        search_job(scheduler="pbt", space=RATE, perturb_steps=perturb),
+        eval={"every_steps": reports},
+        checkpoint={"every_steps": saves},
+    )
+    checkpoint = of_trial(job, values={"train.learning_rate": 1e-4}).checkpoint
+    assert (checkpoint.keep, checkpoint.every_steps) == (kept, saves or reports)
+
+
 @pytest.mark.parametrize("forked", [None, Fork("t0001", "sweep-t0001", 8)])
 def test_a_trials_job_file_can_be_read(forked: Fork | None) -> None:
     """Also by a person who runs it again; the longest name that a search may have leaves room for its runs'."""

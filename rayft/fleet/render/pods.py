@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from rayft import __version__
+from rayft.checkpoint.stop import STOP_WAIT_S
 from rayft.fleet.render.size import Group
 from rayft.fleet.version import SUBMITTER_VERSION
 from rayft.spec.profile import NodeType, Profile, Toleration
@@ -114,6 +115,8 @@ def _environment(profile: Profile, drain_s: int, cache_gib: int) -> list[Object]
         "RAYFT_CACHE_GB": str(max(1, int(cache_gib * 2**30 / 1e9 * 0.9))),
         SUBMITTER_VERSION: __version__,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(drain_s),
+        # A RayJob that is deleted stops its submission first, and Ray kills a driver that has not saved by then; 3 s otherwise.
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
