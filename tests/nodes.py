@@ -77,6 +77,12 @@ class Nodes:
             state.disconnect()
         return sorted(found - {self.head})
 
+    def take(self, node_id: str) -> None:
+        """One of the first nodes dies, without a word."""
+        node = next(node for node in self._nodes if node.node_id == node_id)
+        self._nodes.remove(node)
+        self._cluster.remove_node(node, allow_graceful=False)
+
     def take_last(self) -> None:
         """The last of the first nodes dies, without a word."""
         self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)

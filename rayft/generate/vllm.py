@@ -87,6 +87,8 @@ class VllmEngine:
         """Sample an answer to each prompt with its own seed."""
         from vllm import SamplingParams
 
+        # What earlier prompts left there would be computed in other shapes, so that answers would go by who drew what before.
+        self._llm.reset_prefix_cache()
         asked = [
             SamplingParams(
                 temperature=temperature,

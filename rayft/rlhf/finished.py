@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,9 +52,14 @@ def write_values(store: Store, key: str, values: dict[str, Any]) -> str:
 
 
 def read_values(store: Store, key: str) -> dict[str, Any]:
-    """What `write_values` wrote. Raises StorageError if it is gone."""
+    """What `write_values` wrote. Raises StorageError if it is gone or damaged."""
     try:
         values: dict[str, Any] = json.loads(gzip.decompress(store.get(key)))
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
+        raise StorageError(
+            f"{store.where(key)} is damaged ({error}); it holds answers that were drawn for the next step.",
+            "Put back a whole copy, or delete the checkpoint it lies beside to resume from the one before.",
+        ) from error
     except ObjectNotFound:
         raise StorageError(
             f"{key} is gone, which the checkpoint needs: answers that were drawn for the next step.",
@@ -72,7 +78,10 @@ def kept_finished(store: Store, step: int, epoch: int, prompts: PromptSet) -> Fi
     """What `keep_finished` wrote for this very checkpoint, if anything."""
     if not epoch or store.stat(_key(step)) is None:
         return {}
-    values = read_values(store, _key(step))
+    try:
+        values = read_values(store, _key(step))
+    except StorageError:
+        return {}  # they are drawn again
     if values["epoch"] != epoch:
         return {}
     return {(r.prompt.position, r.sample): r for r in as_rollouts(values, prompts)}

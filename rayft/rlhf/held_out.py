@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +32,19 @@ class HeldOut:
         prompts = PromptSet(data, chat, seed=None, longest=longest, node_dir=node_dir)
         self.prompts = prompts.take(0, prompts.order.epoch_rows(), prompts.order.epoch_rows()).prompts
 
-    def measure(self, roles: Roles, step: int) -> dict[str, float]:
+    def measure(self, roles: Roles, step: int, leave: Callable[[], bool]) -> dict[str, float]:
         """Metrics of the policy after so many steps; keeps the answers as `rollouts/held-out-N.parquet`.
 
         score (and each source's, `score/NAME`) with its deviation over answers and its standard error, by the means of the
         prompts; kl: nats an answer to the reference, where there is one; win_rate/NAME: share of the answers that the source
-        scores higher than the same prompt's of the policy before training, ties half.
+        scores higher than the same prompt's of the policy before training, ties half. leave: whether to draw no more answers;
+        raises Interrupted then.
         """
         job = self.plan.job
         roles.sync(step)
-        rollouts = roles.generate(self.prompts, num_generations=job.eval.answers, seed=job.seed + SEED)
+        rollouts = roles.generate(
+            self.prompts, num_generations=job.eval.answers, seed=job.seed + SEED, leave=leave
+        )
         scores_S, by_source = roles.score(rollouts)
         metrics = _described("score", scores_S, job.eval.answers)
         if len(by_source) > 1:

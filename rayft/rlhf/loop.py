@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
 import ray
 
-from rayft.errors import PreemptedError
+from rayft.errors import PreemptedError, RayftError, WorkerError
 from rayft.learner.learner import StepResult
 from rayft.learner.schedule import learning_rate
 from rayft.objectives.kl import KlController
@@ -108,10 +108,8 @@ class Loop:
                 self._measure_held_out()
                 self._wait_at_gate()
             began = time.perf_counter()
-            try:
+            with self._may_be_left():
                 step = self._next()
-            except Interrupted:
-                self._leave()
             if not step.rollouts:  # what is left of the epoch was dropped
                 self.recorder.row.remote({"kind": "ledger", "step": state.step + 1, **step.ledger})
                 break
@@ -120,7 +118,7 @@ class Loop:
             rollouts, count = step.rollouts, len(step.rollouts)
             lengths = [rollout.length for rollout in rollouts]
             layout = layout_of(rollouts, self.plan, ranks=len(roles.policy), step=state.step)
-            with step.timed("scoring"):
+            with self._may_be_left(), step.timed("scoring"):
                 roles.take(rollouts, layout)
                 old = None if self.plan.one_pass else roles.old_logprobs(count)
                 reference = roles.reference_logprobs(count)
@@ -170,6 +168,20 @@ class Loop:
         another one's fork may come in fewer or more steps."""
         return step < self.plan.total_steps if self.plan.end is None else position < self.plan.end
 
+    @contextlib.contextmanager
+    def _may_be_left(self) -> Iterator[None]:
+        """Around what comes before the first update of a step: the state is that of the last step, which is saved where the run
+        should leave, or where something cannot be had. One step behind, what has been drawn is not given up."""
+        try:
+            with contextlib.nullcontext() if self._ahead else self.roles.heeding(self._leaving):
+                yield
+        except Interrupted:
+            self._leave()
+        except RayftError as error:
+            if not isinstance(error, WorkerError):  # of a process that died nothing can be saved
+                self._keep_what_is_there()
+            raise
+
     def _wait_at_gate(self) -> None:
         """Until whoever decides on the run has seen what was measured; leaves where the run should stop."""
         if self._gate is None:
@@ -185,6 +197,12 @@ class Loop:
         """The answers of the step, by the newest weights; or, one behind, those drawn while the last step trained, and the next
         step's are begun."""
         began = time.perf_counter()
+        if self._ahead and self._ahead.begun:
+            self._ahead.look()
+            if (
+                self._heed()
+            ):  # here, with these answers, and not after a whole step and what is drawn beside it
+                raise Interrupted
         drawn = self._ahead.take() if self._ahead and self._ahead.begun else None
         waited = time.perf_counter() - began
         sync = self._sync()
@@ -194,7 +212,8 @@ class Loop:
         if drawn:
             step.ahead, step.seconds = step.seconds, {"waiting": waited}
         step.sync |= sync
-        wanted = max(0, self.state.step - self.job.rollout.lag)
+        # A fork of a run's last checkpoint begins without answers, which it has not drawn.
+        wanted = max(0, self.state.step - self.job.rollout.lag) if drawn else self.state.step
         assert all(rollout.version == wanted for rollout in step.rollouts), (
             f"answers are not of version {wanted}"
         )
@@ -206,7 +225,11 @@ class Loop:
         if self._ahead and self._ahead.begun:
             self._ahead.look()  # the engines are not free before
         began = time.perf_counter()
-        metrics = self.held_out.measure(self.roles, self.state.step)
+        try:
+            with self.roles.heeding(self._leaving):
+                metrics = self.held_out.measure(self.roles, self.state.step, self._leaving)
+        except Interrupted:  # the next start measures it first
+            self._leave()
         row = {
             "kind": "eval",
             "step": self.state.step,
@@ -256,7 +279,10 @@ class Loop:
         """Answers to the prompts. One step behind they are drawn to the end, since the weights that draw them are not kept."""
         if self._ahead:
             return self.roles.generate(prompts)
-        return self.roles.generate(prompts, finished=self._finished, leave=lambda: self._heed() is not None)
+        return self.roles.generate(prompts, finished=self._finished, leave=self._leaving)
+
+    def _leaving(self) -> bool:
+        return self._heed() is not None
 
     def _progress(self) -> float:
         """Steps that are done. In epochs it follows the position, since how many prompts are dropped is not known yet."""
@@ -335,6 +361,16 @@ class Loop:
     def _tell_commit(self, step: int | None) -> None:
         if step is not None:
             self.recorder.event.remote("checkpoint", f"step {step} is committed", step=step)
+
+    def _keep_what_is_there(self) -> None:
+        """Save the last whole step where what comes after it cannot be had, such as a reward; that it cannot be is what is told."""
+        with contextlib.suppress(RayftError, ray.exceptions.RayError):
+            # One step behind, a checkpoint without the answers that could not be had would go on otherwise.
+            if self._ahead is None and self.state.step > self._saved_step:
+                self._save()
+            self._finish_saving()
+            if self._finished and self.state.saved_epoch:
+                keep_finished(self.store, self.state.step, self.state.saved_epoch, self._finished)
 
     def _leave(self) -> NoReturn:
         """Save what is not saved, with the answers that are there for the next step, and say why."""

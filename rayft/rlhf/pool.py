@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from rayft.errors import WorkerError
 from rayft.rlhf.engines import Answers, Held
+from rayft.rlhf.finished import Interrupted
 from rayft.rlhf.group import Call, Group, Task, first_done, wait
 from rayft.rlhf.rollout import Unit
 from rayft.rlhf.weights import Shipped
+
+#: Seconds for which an engine may finish a unit when the run should leave: it is drawn again otherwise.
+GRACE_S = 30.0
 
 
 class EnginePool:
@@ -48,8 +53,17 @@ class EnginePool:
     ) -> dict[int, tuple[int, Answers]]:
         """Version and answers by the number of their unit. A unit whose engine dies is done again by the next process.
 
-        leave: whether to begin no more of them.
+        leave: whether to begin no more of them; those that engines are at work on are waited for a little longer.
         """
+        asked_at: float | None = None
+
+        def heed() -> None:
+            nonlocal asked_at
+            if leave is not None and leave():
+                asked_at = asked_at or time.monotonic()
+                if time.monotonic() - asked_at > GRACE_S:
+                    raise Interrupted
+
         left, idle = deque(units), deque(range(len(self._group)))
         at_work: dict[int, tuple[Unit, Task]] = {}
         done: dict[int, tuple[int, Answers]] = {}
@@ -62,7 +76,11 @@ class EnginePool:
                 rank, unit = idle.popleft(), left.popleft()
                 [task] = self._group.start_one(rank, "generate", unit).tasks
                 at_work[id(task)] = (unit, task)
-            task, answered = first_done([task for _, task in at_work.values()], self._timeout_s)
+            try:
+                tasks = [task for _, task in at_work.values()]
+                task, answered = first_done(tasks, self._timeout_s, heed=heed if leave is not None else None)
+            except Interrupted:
+                break
             unit, _ = at_work.pop(id(task))
             done[unit.number] = answered
             idle.append(task.rank)

@@ -121,19 +121,18 @@ class PromptSet:
         return int(self.order.ids(position, 1)[0])
 
     def _encode(self, row: dict[str, Any], source: Source, where: str) -> tuple[Any, Sequence[int]]:
-        prompt = row.get("prompt")
-        messages = listed("prompt", prompt)
+        if clash := {"prompts", "completions"} & row.keys():
+            raise DataError(
+                f"{where}: there is a column {min(clash)!r}, under which reward functions get something else.",
+                "Rename it.",
+            )
+        messages = listed("prompt", row.get("prompt"))
         if isinstance(messages, str) and messages.strip():
             return messages, text_prompt(self.chat.tokenizer, messages)
         if not messages:
             raise DataError(
                 f"{where}: the column 'prompt' is missing or empty.",
                 "It is text or a list of messages; rename another with `columns` of the source. `messages` do too.",
-            )
-        if clash := {"prompts", "completions"} & row.keys():
-            raise DataError(
-                f"{where}: there is a column {min(clash)!r}, under which reward functions get something else.",
-                "Rename it.",
             )
         made = conversation(messages, row, source, where)
         if made.messages[-1]["role"] == "assistant":

@@ -83,7 +83,7 @@ class FunctionScorer:
             return list(self._function(prompts=list(prompts), completions=list(answers), **columns))
         except RayftError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             at = _line_of(error, self._source.path)
             raise RewardError(
                 f"The reward function {self._source.path} raised {type(error).__name__}: {error}{at}.",
@@ -150,8 +150,20 @@ class HttpScorer:
             part = slice(first, first + size)
             rows = {name: values[part] for name, values in columns.items()}
             asked = {**rows, "prompts": list(prompts[part]), "completions": list(answers[part])}
-            found += self._scores(json.dumps(asked).encode(), len(answers[part]))
+            found += self._scores(self._body(asked), len(answers[part]))
         return found
+
+    def _body(self, asked: dict[str, Any]) -> bytes:
+        parts = []
+        for name, values in asked.items():
+            try:
+                parts.append(f"{json.dumps(name)}: {json.dumps(values)}")
+            except (TypeError, ValueError) as error:
+                raise RewardError(
+                    f"The column {name!r} cannot be sent to the reward {self._source.name}: {error}.",
+                    "Take it out of the rows, or write it as text or numbers.",
+                ) from None
+        return f"{{{', '.join(parts)}}}".encode()
 
     def _scores(self, body: bytes, count: int) -> list[float]:
         """Waits between tries 1, 2, 4, … seconds; what the caller made wrong (4xx) is not tried again."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -67,7 +68,9 @@ class Roles:
         self.hang_s = self.job.cluster.hang_timeout_s
         self.timeout_s = max(SLOW_S, self.hang_s)
         self._say, self._version = say, 0
-        self._heed, self._beginning = heed, True
+        #: Called in every wait for room; None where a step that is given up would be lost.
+        self._heed: Callable[[], None] = heed
+        self._heed_now: Callable[[], None] | None = heed
         self._environment = worker_environment(self.job, plan.stage)
         self._table = table_for(plan)
         self._spots = self._table.spots
@@ -105,7 +108,7 @@ class Roles:
         for group in [*self._learners, *(group for group in self._others if group.role == lost)]:
             group.kill()
         self._others = [group for group in self._others if group.role != lost]
-        began, self._beginning = time.time(), True
+        began, self._heed_now = time.time(), self._heed
         self._await_room()
         self._tell_placed(began)
         self._started_on = self.nodes()
@@ -122,14 +125,29 @@ class Roles:
             self._begun([group.start("load", resumed_step) for group in self._learners])
         if self.engines is not None:
             self.engines.forget()
-        self._started_on, self._beginning = set(), False
+        self._started_on, self._heed_now = set(), None
 
     def _begun(self, calls: list[Call]) -> list[list[Any]]:
         return wait(calls, self.timeout_s, heed=self._heed)
 
     def _await_room(self) -> None:
-        heed = self._heed if self._beginning else lambda: None
+        heed = self._heed_now or (lambda: None)
         await_room(self._reserved, self._table, self.job.cluster.wait_s, self._say, heed)
+
+    @contextlib.contextmanager
+    def heeding(self, leave: Callable[[], bool]) -> Iterator[None]:
+        """For work that is given up where `leave` says so: every long wait in it raises Interrupted then, also that for room in which
+        a process that died can be started again."""
+
+        def heed() -> None:
+            if leave():
+                raise Interrupted
+
+        self._heed_now = heed
+        try:
+            yield
+        finally:
+            self._heed_now = None
 
     def _learner(self, role: str, actor: Any) -> Group:
         group = Group(role, self._maker(role, actor, self.plan), len(self._spots[role]))
@@ -275,7 +293,7 @@ class Roles:
                 f"The reward {source.name} gave no scores for {len(rollouts)} answers within {allowed:g} s.",
                 "Make it faster, or raise its timeout_s.",
             )
-            [scores] = wait([asked[source.name]], allowed, late)
+            [scores] = wait([asked[source.name]], allowed, late, self._heed_now)
             found[source.name] = np.array([score for own in scores for score in own], np.float64)
         total = sum(
             (source.weight * found[source.name] for source in self.job.rewards), np.zeros(len(rollouts))

@@ -103,6 +103,8 @@ class Driver:
         self._progress = Progress(console, self.plan.total_steps, every=self.job.log.every_steps)
         self._shown = 0
         self._notice: Notice | None = None
+        #: Signals come in the main thread at any time, and nodes are looked after in another.
+        self._noticing = threading.RLock()
         self._held_out: HeldOut | None = None
         if self.job.data.eval:
             chat = prepared.prompts.chat
@@ -110,14 +112,16 @@ class Driver:
 
     def ask_to_stop(self, reason: str) -> None:
         """Save and end at the next border between phases."""
-        self._notice = Notice(reason)
-        self.recorder.request_stop.remote(reason)
+        with self._noticing:
+            self._notice = Notice(reason)
+            self.recorder.request_stop.remote(reason)
 
     def ask_to_move(self, reason: str) -> None:
         """Save at the next border between phases, and go on elsewhere."""
-        if self._notice is None:
-            self._notice = Notice(reason, moving=True)
-            self.recorder.request_move.remote(reason)
+        with self._noticing:
+            if self._notice is None:
+                self._notice = Notice(reason, moving=True)
+                self.recorder.request_move.remote(reason)
 
     def train(self) -> None:
         """To the end of the run. Raises WorkerError once processes died more than `max_failures` times, and PreemptedError where
@@ -134,7 +138,9 @@ class Driver:
                     if (
                         notice is not None and notice.moving
                     ):  # what dies with a node that is taken away is no failure either
-                        self._notice = None
+                        with self._noticing:
+                            if self._notice is notice:  # and not a wish to end that came meanwhile
+                                self._notice = None
                         roles.close()
                         roles = self._elsewhere()
                         continue
@@ -207,7 +213,15 @@ class Driver:
 
     def show(self) -> None:
         """Print rows of the log that are new."""
-        rows = ray.get(self.recorder.since.remote(self._shown), timeout=ASK_TIMEOUT_S)
+        try:
+            rows = ray.get(self.recorder.since.remote(self._shown), timeout=ASK_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            return  # a storage that stalls keeps the recorder; what is not shown now is shown later
+        except ray.exceptions.RayActorError as error:
+            raise WorkerError(
+                "The process that writes the run's log died.",
+                "Run again to resume from the last checkpoint; the cluster's logs say why it died.",
+            ) from error
         self._shown += len(rows)
         for row in rows:
             self._progress.row(row)
@@ -234,7 +248,7 @@ class Driver:
             state.restore(step, reader.manifest.epoch, reader.state)
         with self._waiting_for_others() if lost else contextlib.nullcontext():
             roles.begin(epoch, step, lost)
-        Loop(
+        loop = Loop(
             self.plan,
             self.prepared.prompts,
             roles,
@@ -244,7 +258,9 @@ class Driver:
             self._heed,
             self._held_out,
             self._wait_at_gate if self.gated else None,
-        ).train()
+        )
+        with self._waiting_for_others():  # roles that died in the middle of a step wait for room there
+            loop.train()
 
     def _wait_at_gate(self, step: int) -> None:
         """Return once the report of a step is released, or the run should be left."""

@@ -52,6 +52,14 @@ def never(completions, **_):
 
 def same(completions, **_):
     return [1.0] * len(completions)
+
+CALLS = []
+
+def late(prompts, completions, **_):
+    """Scores of two steps, then none."""
+    CALLS.append(len(completions))
+    assert len(CALLS) < 3, "the third step has no scores"
+    return small(prompts, completions)
 '''
 
 

@@ -22,7 +22,7 @@ from rayft.rlhf.rewards import ModelScorer
 from rayft.storage import open_store
 from tests.cluster.rewards import function, prepare_folder, rl_job
 from tests.fault.test_rlhf_kill import facts
-from tests.runs import assert_same_state, read_json, write_job
+from tests.runs import assert_same_state, events, read_json, write_job
 
 pytestmark = pytest.mark.slow
 
@@ -267,6 +267,40 @@ def test_a_reward_that_misbehaves_ends_the_run_with_2(
             file.read_text().replace('raise KeyError("no such thing")', "return small([], completions)")
         )
         assert run(job, folder) == 0, capfd.readouterr().err
+
+
+def test_a_reward_that_fails_late_loses_no_step(
+    folder: Path, capfd: pytest.CaptureFixture[str], local_ray: None
+) -> None:
+    """Two steps are whole and no checkpoint is due: they are saved, and the answers of the third."""
+    groups: dict[str, Any] = {"checkpoint": {"every_steps": 1000}, "cluster": {"num_workers": 1}}
+    job = rl_job(folder, "grpo", name="late", rewards=[function(folder, "late")], **groups)
+    store = open_store(folder / "runs" / "late")
+    assert run(job, folder) == 2
+    assert "the third step has no scores" in capfd.readouterr().err
+    assert committed_steps(store) == [2]
+    assert store.stat("rollouts/finished-000002.json.gz") is not None
+    assert run(job, folder) == 0, "its process counts anew, so that two steps are left to it"
+    assert events(store, "resume")[-1]["repeated"] == 0
+    whole = rl_job(folder, "grpo", name="never-late", **groups)
+    assert run(whole, folder) == 0
+    assert_same_state(folder / "runs" / "late", folder / "runs" / "never-late")
+
+
+@pytest.mark.full
+def test_a_run_that_drew_ahead_is_prolonged(folder: Path, local_ray: None) -> None:
+    """By a fork of its last checkpoint, which has no answers for the step after it."""
+    groups: dict[str, Any] = {
+        "rollout": {"max_new_tokens": 12, "unit_prompts": 2, "engines": 1, "lag": 1},
+        "cluster": {"num_workers": 1},
+        "zero": {"stage": 0},
+    }
+    assert run(rl_job(folder, "grpo", name="ahead", **groups), folder) == 0
+    fork = {"every_steps": 2, "fork_from": f"{folder / 'runs' / 'ahead'}@4"}
+    longer = rl_job(folder, "grpo", name="longer", train={"max_steps": 6}, checkpoint=fork, **groups)
+    assert run(longer, folder) == 0
+    store = open_store(folder / "runs" / "longer")
+    assert [row["step"] for row in read_log(store) if row["kind"] == "step"] == [5, 6]
 
 
 @pytest.mark.full

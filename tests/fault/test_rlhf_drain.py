@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rayft.checkpoint import committed_steps
 from rayft.storage import open_store
 from tests.cluster.rewards import function, prepare_folder, rl_job
 from tests.fault.test_rlhf_kill import facts
@@ -114,6 +115,70 @@ def test_asked_to_stop_it_keeps_the_answers_that_are_there(
     assert events(store, "resume")[-1]["repeated"] == 0
     assert_same_state(stopped, whole)
     assert facts(stopped) == facts(whole)
+
+
+def test_told_to_end_while_a_reward_hangs(folder: Path) -> None:
+    """It does not wait for the scores; the answers they were for are kept."""
+    job = rl_job(
+        folder,
+        "grpo",
+        name="hanging",
+        rewards=[function(folder, "held", timeout_s=600)],
+        checkpoint={"every_steps": 1000},
+    )
+    path, uri = write_job(job, folder / "hanging.yaml"), folder / "runs" / "hanging"
+    store = open_store(uri)
+    asked, go = folder / "asked", folder / "go"
+    go.touch()
+    with rayft("run", str(path), log=folder / "hanging.log") as run:
+        wait_until("step 1", step_reached(store, 1), run)
+        go.unlink()
+        asked.unlink(missing_ok=True)
+        wait_until("a reward that hangs", asked.exists, run)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 8, run.output()
+    [end] = events(store, "end")
+    assert re.search(r"is saved at step \d, with 24 answers of the next", end["message"]), end["message"]
+    go.touch()
+    with rayft("run", str(path), log=folder / "hanging.log") as run:
+        assert run.wait() == 0, run.output()
+    assert events(store, "resume")[-1]["repeated"] == 0
+    calm = rl_job(folder, "grpo", name="calm", checkpoint={"every_steps": 1000})
+    with rayft("run", str(write_job(calm, folder / "calm.yaml")), log=folder / "calm.log") as run:
+        assert run.wait() == 0, run.output()
+    assert_same_state(uri, folder / "runs" / "calm")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["nobody", "signal"])
+def test_an_engine_that_waits_for_room(how: str, folder: Path, nodes: Nodes) -> None:
+    """Its node is lost without a word in the middle of a step, and no other comes: the step before is saved. signal: told to end
+    meanwhile."""
+    groups = {**GRPO, "rollout": {**LONG, "engines": 1}, "zero": {"stage": 2}}
+    job = rl_job(
+        folder,
+        "grpo",
+        name=f"roomless-{how}",
+        cluster={"num_workers": 2, "max_failures": 3, "wait_s": 15 if how == "nobody" else 1000},
+        train={"max_steps": 5, "global_batch_size": 8, "learning_rate": 1e-3, "precision": "bf16"},
+        data={"train": [{"path": str(folder / "prompts.jsonl")}], "max_length": 192},
+        checkpoint={"every_steps": 1000},
+        placement={"rollout": {"apart": True}},
+        **groups,
+    )
+    path, uri = write_job(job, folder / f"{job.name}.yaml"), folder / "runs" / job.name
+    store = open_store(uri)
+    with rayft("run", str(path), log=folder / f"{job.name}.log", RAY_ADDRESS=nodes.address) as run:
+        wait_until("step 2", step_reached(store, 2), run)
+        [where] = nodes.holding("EngineActor")
+        nodes.take(where)
+        wait_until("its wait", lambda: "waiting for" in run.output(), run)
+        if how == "signal":
+            run.process.send_signal(signal.SIGTERM)
+        assert run.wait(120) == 8, run.output()
+    [end] = events(store, "end")
+    assert ("No nodes came" in end["message"]) is (how == "nobody"), end["message"]
+    assert committed_steps(store), "what was whole is saved"
 
 
 @pytest.mark.full

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from rayft.data.template import ChatTokenizer
-from rayft.errors import DataError
+from rayft.errors import DataError, StorageError
 from rayft.rlhf.experience import experience, score_with_rules, uniform_groups, weights_of
-from rayft.rlhf.finished import keep_finished, kept_finished
+from rayft.rlhf.finished import keep_finished, kept_finished, read_values
 from rayft.rlhf.layout import Prompts, lay_out
 from rayft.rlhf.prompts import Prompt, PromptSet
 from rayft.rlhf.rollout import Rollout, asked_of, units_of
@@ -89,6 +89,7 @@ def test_rows_of_sft_give_prompts_and_the_answer_to_compare_with(tmp_path: Path)
         ({"prompt": [{"role": "user"}]}, "line 1"),
         ({"prompt": [*ask("a"), {"role": "assistant", "content": "b"}]}, "ends with a turn of the assistant"),
         ({"prompt": ask("a"), "completions": ["b"]}, "a column 'completions'"),
+        ({"prompt": "a", "prompts": ["b"]}, "a column 'prompts'"),
         ({"messages": [{"role": "user"}]}, "line 1"),
         ({"messages": [{"role": "assistant", "content": "b"}]}, "nothing is asked before the answer"),
         (
@@ -320,5 +321,11 @@ def test_finished_answers_belong_to_one_checkpoint(tmp_path: Path) -> None:
     assert kept_finished(store, 2, 3, prompts) == {(asked.position, 0): rollout}
     assert kept_finished(store, 2, 4, prompts) == {}
     assert kept_finished(store, 1, 3, prompts) == {}
+    key = "rollouts/finished-000002.json.gz"
+    for damaged in (store.get(key)[:-9], store.get(key)[:5], b"", b"no gzip"):
+        store.put(key, damaged)
+        assert kept_finished(store, 2, 3, prompts) == {}, "they are drawn again"
+        with pytest.raises(StorageError, match=r"finished-000002\.json\.gz is damaged"):
+            read_values(store, key)
     keep_finished(store, 0, 0, {(asked.position, 0): rollout})
     assert kept_finished(store, 0, 0, prompts) == {}

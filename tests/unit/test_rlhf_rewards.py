@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import socket
 import threading
@@ -37,6 +38,9 @@ def short(completions, **_):
 def words(completions, **_):
     return ["good", "bad"]
 
+def leaves(completions, **_):
+    raise SystemExit(3)
+
 number = 3
 """
 
@@ -66,6 +70,7 @@ def test_a_function_gets_columns_and_gives_numbers(file: Path) -> None:
     ("name", "words"),
     [
         ("raises", ["my_rewards.py:raises raised ZeroDivisionError", "line 7"]),
+        ("leaves", ["my_rewards.py:leaves raised SystemExit: 3"]),
         ("nan", ["gave nan for answer 2 of 2"]),
         ("short", ["gave 1 scores for 2 answers"]),
         ("words", ["gave list, not numbers"]),
@@ -212,6 +217,13 @@ def test_an_endpoint_that_misbehaves_is_one_sentence(
         scorer(PROMPTS, ["xx", "yyy"], {})
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_column_that_cannot_be_sent_is_named() -> None:
+    scorer = HttpScorer(source("http://127.0.0.1:9/score", "http"))
+    columns = {"id": [1, 2], "day": [datetime.date(2026, 1, 1)] * 2}
+    with pytest.raises(JobError, match=r"The column 'day' cannot be sent to the reward mine: .*date"):
+        scorer(PROMPTS, ["xx", "yyy"], columns)
 
 
 def test_an_endpoint_has_its_time_out_for_every_try_of_every_request() -> None:
