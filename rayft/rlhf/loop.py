@@ -199,9 +199,8 @@ class Loop:
         began = time.perf_counter()
         if self._ahead and self._ahead.begun:
             self._ahead.look()
-            if (
-                self._heed()
-            ):  # here, with these answers, and not after a whole step and what is drawn beside it
+            # Here, with these answers, and not after a whole step and what is drawn beside it.
+            if self._heed():
                 raise Interrupted
         drawn = self._ahead.take() if self._ahead and self._ahead.begun else None
         waited = time.perf_counter() - began
