@@ -20,7 +20,7 @@ from rayft.report.usage_table import collect
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.rewards import ModelScorer
 from rayft.storage import open_store
-from tests.cluster.rewards import function, prepare_folder, rl_job
+from tests.cluster.rewards import REWARDS, function, prepare_folder, rl_job
 from tests.fault.test_rlhf_kill import facts
 from tests.runs import assert_same_state, events, read_json, write_job
 
@@ -43,6 +43,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "gspo": {"rl": {"num_generations": 4, "num_mini_batches": 2}},
 }
 SHORT = ("grpo", "ppo")
+#: Where the reward function `raises` does it.
+RAISED = REWARDS.splitlines().index('    raise KeyError("no such thing")') + 1
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +228,9 @@ def test_suites_are_measured_before_and_after(folder: Path, local_ray: None) -> 
 @pytest.mark.parametrize(
     ("name", "words", "groups"),
     [
-        pytest.param("raises", ["rewards.py:raises raised KeyError", "line 14"], {}, marks=pytest.mark.full),
+        pytest.param(
+            "raises", ["rewards.py:raises raised KeyError", f"(line {RAISED})"], {}, marks=pytest.mark.full
+        ),
         ("never", ["gave no scores for 24 answers within 3 s"], {"timeout_s": 3}),
         *(
             pytest.param(name, words, {}, marks=pytest.mark.full)
