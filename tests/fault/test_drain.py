@@ -147,7 +147,7 @@ def test_an_evaluation_is_given_up_and_measured_by_the_next_start(runs: Runs) ->
     groups: dict[str, Any] = {
         "data": {
             "train": [{"path": str(runs.folder / "rows.jsonl")}],
-            "eval": [{"path": str(runs.folder / "rows.jsonl")}] * 6,
+            "eval": [{"path": str(runs.folder / "rows.jsonl")}] * 4,
             "packing": False,
             "max_length": 256,
         },
@@ -159,11 +159,11 @@ def test_an_evaluation_is_given_up_and_measured_by_the_next_start(runs: Runs) ->
             runs.folder,
             name=name,
             train={
-                "max_steps": 5,
+                "max_steps": 4,
                 "precision": "bf16",
                 "micro_batch_size": 1,
                 "global_batch_size": 16,
-                "early_stopping_patience": 5,
+                "early_stopping_patience": 4,
             },
             zero={"stage": 2},
             cluster={"num_workers": 2, "max_failures": 0},
@@ -184,7 +184,7 @@ def test_an_evaluation_is_given_up_and_measured_by_the_next_start(runs: Runs) ->
         ends[name] = [
             (row["step"], row["loss"], row["metrics"]) for row in read_log(store) if row["kind"] == "eval"
         ]
-    assert [step for step, _, _ in ends["measured"]] == [1, 2, 3, 4, 5]
+    assert [step for step, _, _ in ends["measured"]] == [1, 2, 3, 4]
     assert ends["measured"] == ends["measured-whole"]
     assert events(open_store(runs.uri("measured")), "resume")[-1]["repeated"] == 0
     assert_same_state(runs.uri("measured"), runs.uri("measured-whole"))
