@@ -68,15 +68,11 @@ def proof_prompts(tokenizer: Any, job: Job, count: int = 8) -> list[list[int]]:
 
     node_dir = node_cache_dir()
     if job.reinforced:
-        from rayft.rlhf.prompts import asked
-
         source = job.data.train[0]
         table = open_tables(source, every=count, node_dir=node_dir)[0]
         read = read_rows(table, 0, min(count, table.rows), node_dir)
-        texts = [
-            json.dumps(asked(rename(row, source, where), where)["prompt"], ensure_ascii=False)
-            for where, row in read
-        ]
+        asked = [rename(row, source, where) for where, row in read]
+        texts = [json.dumps(row.get("prompt") or row["messages"], ensure_ascii=False) for row in asked]
         return [tokenizer(text)["input_ids"][:512] for text in texts]
     spec = plan_cache(
         job.data.train[:1],
