@@ -13,18 +13,6 @@ _DNS = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _SUBDOMAIN = rf"{_DNS}(\.{_DNS})*"
 _IMAGE = r"[a-z0-9][-a-z0-9._:/]*(:[A-Za-z0-9_][-A-Za-z0-9_.]{0,127}|@sha256:[0-9a-f]{64})"
 
-#: Shapes of well-known tokens: AWS key ids, hub, GitHub, GitLab, Slack, Google and OpenAI tokens, JWTs, private keys.
-TOKEN = re.compile(
-    r"\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}|\bgh[opsu]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}"
-    r"|\bxox[abprs]-[-0-9A-Za-z]{10,}|\bsk-[-A-Za-z0-9_]{20,}|\bglpat-[-\w]{18,}|\bAIza[-\w]{35}"
-    r"|\beyJ[-\w]{10,}\.eyJ[-\w]{10,}\.|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-)
-_SECRET_NAME = re.compile(
-    r"(^|_)(SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIALS?|API_?KEY|ACCESS_KEY(_ID)?|PRIVATE_KEY)(_|$)"
-)
-#: `scheme://user:password@host`
-CREDENTIALS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@")
-
 
 def _matching(pattern: str, what: str, longest: int = 253) -> Callable[[str], str]:
     compiled = re.compile(pattern)
@@ -67,11 +55,3 @@ Image = Annotated[
     str,
     AfterValidator(_matching(_IMAGE, "image with a tag or digest, such as registry/rayft:0.1.0-gpu", 500)),
 ]
-
-
-def looks_secret(name: str, value: str) -> bool:
-    """Whether a variable is one that holds a secret, by its name or by what it holds."""
-    named = _SECRET_NAME.search(name.upper()) and not name.upper().endswith(
-        ("_PATH", "_FILE", "_DIR", "_URL")
-    )
-    return bool(named or TOKEN.search(value) or CREDENTIALS.search(value))

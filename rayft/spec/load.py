@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 from rayft.errors import JobError
 from rayft.spec.explain import explain
 from rayft.spec.job import Job
-from rayft.spec.kubernetes import CREDENTIALS, TOKEN
+from rayft.spec.secrets import secret_in, texts_of
 
 
 class _Loader(yaml.SafeLoader):
@@ -129,25 +128,12 @@ def parse_job(values: dict[str, Any], where: str = "the job") -> Job:
 
 
 def _refuse_secrets(values: dict[str, Any], where: str) -> None:
-    for key, text in _texts(values, ""):
-        for pattern, what in ((TOKEN, "a token or key"), (CREDENTIALS, "a URL with a password")):
-            if pattern.search(text):
-                raise JobError(
-                    f"{where}: {key} holds {what}, and a job is stored in plain text.",
-                    "Give it in the environment (HF_TOKEN, AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD, WANDB_API_KEY …).",
-                )
-
-
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every text below a value, with the key that it is at."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _texts(inner, f"{key}.{number}")
+    for key, text in texts_of(values):
+        if found := secret_in(text):
+            raise JobError(
+                f"{where}: {key or 'a key'} holds {found[0]}, and a job is stored in plain text.",
+                "Give it in the environment (HF_TOKEN, AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD, WANDB_API_KEY …).",
+            )
 
 
 def dump_job(job: Job) -> str:

@@ -26,9 +26,9 @@ from rayft.spec.kubernetes import (
     Namespace,
     ObjectName,
     Version,
-    looks_secret,
 )
 from rayft.spec.load import read_mapping
+from rayft.spec.secrets import looks_secret
 
 #: Set by rayft in every pod; a profile that set them too would break what they hold together.
 OWN_VARIABLES = (

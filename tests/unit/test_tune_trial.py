@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from rayft.spec import Job, Tune, dump_job, parse_job
 from rayft.spec.load import RESUMABLE_KEYS
 from rayft.spec.search import LONGEST_NAME
 from rayft.storage import Store, open_store
+from rayft.tune import trial
 from rayft.tune.run import over, refuse_other_space
 from rayft.tune.segment import KEPT_FOR_FORKS, run_name, trial_job
 from tests.ledgers import CHANGE, Ledger, search_job
@@ -82,6 +84,21 @@ def test_a_fork_begins_at_another_trials_checkpoint() -> None:
     assert of_trial(search_job()).checkpoint.fork_from is None
     found = of_trial(search_job(), Fork("t0001", "sweep-t0001-2", 8))
     assert found.checkpoint.fork_from == "runs/sweep/trials/sweep-t0001-2@8"
+
+
+def test_what_a_trial_spends_is_told_between_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget of GPU-hours holds while nothing is reported."""
+    monkeypatch.setattr(trial, "SPENT_EVERY_S", -1.0)
+    told: list[tuple[Any, ...]] = []
+    driven = trial.TrialRun.__new__(trial.TrialRun)
+    driven.trial = "t0003"
+    monkeypatch.setattr(driven, "_ask", lambda *asked: told.append(asked), raising=False)
+    reports = iter([None, (4, {"eval.loss": 1.0}, False)])
+    segment = SimpleNamespace(
+        listen=lambda _: next(reports), saw_baseline=False, attempted=False, spent=lambda: {"gpu_hours": 2.5}
+    )
+    assert driven._await(segment) == (4, {"eval.loss": 1.0}, False)  # type: ignore[arg-type]
+    assert told == [("tell", {"event": "spent", "trial": "t0003", "gpu_hours": 2.5})]
 
 
 @pytest.mark.parametrize("scheduler", ["none", "asha", "hyperband", "median", "pbt", "pb2"])

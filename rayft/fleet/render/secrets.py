@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from rayft.errors import JobError
-from rayft.spec.kubernetes import CREDENTIALS, TOKEN, looks_secret
+from rayft.spec.secrets import looks_secret, secret_in, texts_of
 
 #: A shorter value is a word that may stand anywhere.
 SHORTEST = 8
@@ -22,26 +21,13 @@ def refuse_secrets(value: Any, where: str) -> None:
         for name, text in sorted(os.environ.items())
         if len(text) >= SHORTEST and looks_secret(name, "")
     }
-    for place, text in _texts(value, where):
-        for pattern, what in ((TOKEN, "a token or key"), (CREDENTIALS, "a URL with a password")):
-            if found := pattern.search(text):
-                raise _error(place, text, found.start(), what)
+    for place, text in texts_of(value, where):
+        if found := secret_in(text):
+            raise _error(place, text, found[1], found[0])
         flat = _plain(text)
         for secret, name in own.items():
             if secret in flat:
                 raise _error(place, flat, flat.index(secret), f"what this shell's {name} holds")
-
-
-def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield where, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield where, str(key)
-            yield from _texts(inner, f"{where}.{key}")
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _texts(inner, f"{where}.{index}")
 
 
 def _plain(text: str) -> str:
