@@ -19,6 +19,7 @@ from rayft.rlhf.prompts import Prompt, PromptSet
 from rayft.rlhf.rollout import Rollout, asked_of, units_of
 from rayft.spec import Data, Job, parse_job
 from rayft.storage import open_store
+from rayft.train.finish import proof_prompts
 from tests.tiny import tiny_tokenizer
 
 
@@ -329,3 +330,11 @@ def test_finished_answers_belong_to_one_checkpoint(tmp_path: Path) -> None:
             read_values(store, key)
     keep_finished(store, 0, 0, {(asked.position, 0): rollout})
     assert kept_finished(store, 0, 0, prompts) == {}
+
+
+@pytest.mark.parametrize("row", [{"prompt": ask("one two")}, {"messages": ask("one two")}])
+def test_a_merged_adapter_is_proved_on_prompts_of_either_kind(row: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    job = job_of(data={"train": [{"path": str(tmp_path / "rows.jsonl")}], "max_length": 64})
+    [ids] = proof_prompts(tiny_tokenizer(), job)
+    assert "one two" in tiny_tokenizer().decode(ids)
