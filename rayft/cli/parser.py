@@ -140,10 +140,21 @@ def _ratings(verb: Verb) -> None:
 def _records(verb: Verb) -> None:
     sub = verb("rollouts", verbs.rollouts)
     sub.add_argument("run", help="run folder, local or s3://")
-    sub.add_argument(
+    kind = sub.add_mutually_exclusive_group()
+    kind.add_argument(
         "--held-out",
-        action="store_true",
+        dest="kind",
+        action="store_const",
+        const="held-out",
+        default="step",
         help="answers to held-out prompts (data.eval), not those trained on",
+    )
+    kind.add_argument(
+        "--dropped",
+        dest="kind",
+        action="store_const",
+        const="dropped",
+        help="answers that rl.drop_uniform_groups left out",
     )
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--step", type=int, help="show answers of this step (default: a line for every step)")

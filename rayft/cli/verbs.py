@@ -160,14 +160,14 @@ def rollouts(args: argparse.Namespace) -> int:
     from rayft.rlhf.browse import browse, compare
 
     if args.compare:
-        return compare(args.run, *args.compare, limit=args.limit, held_out=args.held_out)
+        return compare(args.run, *args.compare, limit=args.limit, kind=args.kind)
     return browse(
         args.run,
         step=args.step,
         where=args.where,
         sort=args.sort,
         limit=args.limit,
-        held_out=args.held_out,
+        kind=args.kind,
     )
 
 

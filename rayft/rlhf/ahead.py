@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from rayft.rlhf.finished import as_rollouts, as_values, read_values, write_values
 from rayft.rlhf.prompts import PromptSet
-from rayft.rlhf.step import Step
+from rayft.rlhf.step import Scored, Step
 from rayft.storage import Store
 
 
@@ -28,9 +29,9 @@ class Ahead:
         """Whether there is one."""
         return self._step is not None
 
-    def begin(self, draw: Callable[[int], Step], position: int) -> None:
-        """Draw the step at a position of the prompts."""
-        self._step = self._pool.submit(draw, position)
+    def begin(self, draw: Callable[[], Step]) -> None:
+        """Draw a step."""
+        self._step = self._pool.submit(draw)
 
     def have(self, step: Step) -> None:
         """Take a step that was drawn before."""
@@ -57,9 +58,8 @@ class Ahead:
 
 def keep_ahead(store: Store, step: int, ahead: Step) -> str:
     """Write the answers drawn for what comes after `step`; returns under which key."""
-    values = as_values(ahead.rollouts) | {
-        "scores": ahead.scores_S.tolist(),
-        "by_source": {name: scores.tolist() for name, scores in ahead.by_source.items()},
+    values = _scored_values(ahead.answers) | {
+        "dropped": _scored_values(ahead.dropped),
         "next_position": ahead.next_position,
         "ledger": ahead.ledger,
     }
@@ -69,11 +69,19 @@ def keep_ahead(store: Store, step: int, ahead: Step) -> str:
 def kept_ahead(store: Store, key: str, prompts: PromptSet) -> Step:
     """What `keep_ahead` wrote. Raises StorageError if it is gone."""
     values = read_values(store, key)
-    by_source = {name: np.array(scores) for name, scores in values["by_source"].items()}
     return Step(
-        as_rollouts(values, prompts),
-        np.array(values["scores"]),
-        by_source,
         values["next_position"],
         values["ledger"],
+        _scored(values, prompts),
+        _scored(values["dropped"], prompts) if "dropped" in values else Scored(),
     )
+
+
+def _scored_values(scored: Scored) -> dict[str, Any]:
+    by_source = {name: scores.tolist() for name, scores in scored.by_source.items()}
+    return as_values(scored.rollouts) | {"scores": scored.scores_S.tolist(), "by_source": by_source}
+
+
+def _scored(values: dict[str, Any], prompts: PromptSet) -> Scored:
+    by_source = {name: np.array(scores) for name, scores in values["by_source"].items()}
+    return Scored(as_rollouts(values, prompts), np.array(values["scores"]), by_source)

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rayft.errors import JobError
-from rayft.rlhf.kept import key_of
+from rayft.rlhf.kept import Kind, key_of
 from rayft.storage import ObjectNotFound, Store, open_store
 
 Row = dict[str, Any]
@@ -41,20 +41,20 @@ def browse(
     where: Sequence[str] = (),
     sort: str | None = None,
     limit: int = 5,
-    held_out: bool = False,
+    kind: Kind = "step",
     console: Console | None = None,
 ) -> int:
     """Print a line for every step of a run, or the answers of one step that meet every condition.
 
-    held_out: of the answers to held-out prompts instead of those that were trained on.
+    kind: which answers; see `Kind`.
     """
     console, store = console or Console(), open_store(run)
     if step is None:
         if where or sort:
             raise JobError("--where and --sort look at the answers of one step.", "Name it with --step.")
-        console.print(_overview(store, held_out))
+        console.print(_overview(store, kind))
         return 0
-    rows = chosen(read_step(store, step, held_out), where, sort)
+    rows = chosen(read_step(store, step, kind), where, sort)
     for row in rows[:limit]:
         _show(row, console)
     console.print(f"{min(limit, len(rows))} of {len(rows)} answers of step {step}", highlight=False)
@@ -67,12 +67,12 @@ def compare(
     second: int,
     *,
     limit: int = 5,
-    held_out: bool = False,
+    kind: Kind = "step",
     console: Console | None = None,
 ) -> int:
     """Print what changed between two steps: means, and prompts of both whose scores moved most."""
     console, store = console or Console(), open_store(run)
-    before, after = read_step(store, first, held_out), read_step(store, second, held_out)
+    before, after = read_step(store, first, kind), read_step(store, second, kind)
     table = Table("", f"step {first}", f"step {second}", "change")
     for name, (one, other) in {
         name: (_mean(before, name), _mean(after, name)) for name in _numbers(before)
@@ -92,16 +92,20 @@ def compare(
     return 0
 
 
-def read_step(store: Store, step: int, held_out: bool = False) -> list[Row]:
+def read_step(store: Store, step: int, kind: Kind = "step") -> list[Row]:
     """The answers of a step with what was learned from them. Raises JobError, naming what there is, if it was not kept."""
     try:
-        return read_rows(store, key_of(step, held_out=held_out))
+        return read_rows(store, key_of(kind, step))
     except ObjectNotFound:
-        there = steps_of(store, held_out)
+        there = steps_of(store, kind)
         kept = f"it has steps {there[0]} to {there[-1]}" if there else "it has none"
-        if there and held_out:
+        if there and kind != "step":
             kept = f"it has steps {', '.join(map(str, there))}"
-        what = "answers to held-out prompts at" if held_out else "rollouts of"
+        what = {
+            "step": "rollouts of",
+            "dropped": "dropped answers at",
+            "held-out": "answers to held-out prompts at",
+        }[kind]
         raise JobError(
             f"The run at {store.uri} has no {what} step {step}; {kept}.", "Name one of these."
         ) from None
@@ -113,9 +117,9 @@ def read_rows(store: Store, key: str) -> list[Row]:
     return rows
 
 
-def steps_of(store: Store, held_out: bool = False) -> list[int]:
-    """Steps whose rollouts were kept, or after which held-out prompts were answered."""
-    pattern = rf"rollouts/{'held-out' if held_out else 'step'}-(\d+)\.parquet"
+def steps_of(store: Store, kind: Kind = "step") -> list[int]:
+    """Steps with answers of that kind."""
+    pattern = rf"rollouts/{kind}-(\d+)\.parquet"
     found = (re.fullmatch(pattern, entry.key) for entry in store.list("rollouts"))
     return sorted(int(match[1]) for match in found if match)
 
@@ -149,13 +153,18 @@ def _meets(value: Any, sign: str, wanted: str, condition: str) -> bool:
             raise JobError(
                 f"{condition!r}: {error}.", "What stands after ~ is a regular expression."
             ) from None
+    if isinstance(value, str):
+        return COMPARE[sign](value, wanted)
+    if isinstance(value, bool):
+        if wanted.lower() not in ("true", "false"):
+            raise JobError(f"{condition!r} compares yes or no with {wanted!r}.", "Give true or false.")
+        return COMPARE[sign](value, wanted.lower() == "true")
     try:
-        other: Any = wanted.lower() == "true" if isinstance(value, bool) else type(value)(wanted)
+        return COMPARE[sign](value, float(wanted))
     except ValueError:
         raise JobError(
             f"{condition!r} compares a number with {wanted!r}.", "Give a number, or use ~ to look for a text."
         ) from None
-    return COMPARE[sign](value, other)
 
 
 def _value(row: Row, column: str) -> Any:
@@ -167,9 +176,14 @@ def _value(row: Row, column: str) -> Any:
     return len(row[column]) if isinstance(row[column], list) else row[column]
 
 
-def _overview(store: Store, held_out: bool) -> Table:
-    steps = steps_of(store, held_out)
-    if not steps and held_out:
+def _overview(store: Store, kind: Kind) -> Table:
+    steps = steps_of(store, kind)
+    if not steps and kind == "dropped":
+        raise JobError(
+            f"No answers were dropped at {store.uri}.",
+            "With rl.drop_uniform_groups those are dropped whose group all have the same reward.",
+        )
+    if not steps and kind == "held-out":
         raise JobError(
             f"There are no answers to held-out prompts at {store.uri}.",
             "Give a job data.eval, and its run keeps them.",
@@ -181,7 +195,7 @@ def _overview(store: Store, held_out: bool) -> Table:
         )
     table = Table("step", "answers", "score", "tokens", "ended", "weights")
     for step in steps:
-        rows = read_step(store, step, held_out)
+        rows = read_step(store, step, kind)
         scores = [row["score"] for row in rows]
         table.add_row(
             str(step),

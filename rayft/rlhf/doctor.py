@@ -5,22 +5,24 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import ray
 from rich.console import Console
 from rich.markup import escape
 
-from rayft.checkpoint import Lease
+from rayft.data.formats import Conversation, PromptCompletion, Row
+from rayft.data.template import ChatTokenizer
 from rayft.errors import JobError
-from rayft.generate.prompts import stop_token_ids
+from rayft.generate.prompts import PROBE, stop_token_ids
 from rayft.model.files import load_tokenizer
 from rayft.rlhf.experience import Columns, experience, score_with_rules, weights_of
 from rayft.rlhf.layout import MiniBatch, lay_out
 from rayft.rlhf.plan import RlPrepared, prepare
+from rayft.rlhf.pool import OtherWeights
 from rayft.rlhf.roles import Roles
 from rayft.spec import Job
-from rayft.storage import open_store
 from rayft.train.cluster import connect, refuse_impossible
 from rayft.train.recorder import start_recorder
 
@@ -45,7 +47,8 @@ class Finding:
 
 
 def doctor(job: Job, console: Console | None = None) -> int:
-    """Print a line for every equality; returns 0, or 1 if one does not hold. Trains nothing and leaves nothing behind."""
+    """Print a line for every equality; returns 0, or JobError's exit code if one does not hold. Trains nothing and leaves nothing
+    behind."""
     if not job.reinforced:
         raise JobError(
             f"`rayft doctor` looks at jobs that learn from rewards; this one has method {job.method}.",
@@ -61,7 +64,7 @@ def doctor(job: Job, console: Console | None = None) -> int:
             console.print(f"{mark} {escape(finding.name)}: {escape(finding.result)}", highlight=False)
     if failed:
         console.print(f"{failed} of these do not hold; what the job would learn is not what it says.")
-    return 1 if failed else 0
+    return JobError.code if failed else 0
 
 
 def smaller(job: Job) -> Job:
@@ -92,19 +95,36 @@ def examine(job: Job, run_uri: str, console: Console) -> Iterator[Finding]:
     """The findings, one by one as they are made."""
     connect(job.cluster)
     refuse_impossible(job.cluster)
-    lease = Lease.acquire(open_store(run_uri), {"job": job.name})
+    prepared = prepare(job, run_uri, {}, console.print)
+    recorder = start_recorder(job, run_uri, {}, 0)
+    roles = Roles(prepared.plan, recorder, console.print)
     try:
-        prepared = prepare(job, run_uri, lease.owner, console.print)
-        recorder = start_recorder(job, run_uri, lease.owner, lease.epoch)
-        roles = Roles(prepared.plan, recorder, console.print)
-        try:
-            roles.begin(lease.epoch, None)
-            yield from Examination(prepared, roles).findings()
-        finally:
-            roles.close()
-            ray.kill(recorder)
+        roles.begin(
+            0, None
+        )  # no attempt at a run: nothing is saved, so other nodes need not reach the folder
+        yield from Examination(prepared, roles).findings()
     finally:
-        lease.release()
+        roles.close()
+        ray.kill(recorder)
+
+
+def end_of_turn(chat: ChatTokenizer, content: Any) -> Finding:
+    """Whether what ends an answer to a prompt in training ends one when it is drawn."""
+    if isinstance(content, str):
+        row: Row = PromptCompletion(content, PROBE)
+    else:
+        messages = [*content, {"role": "assistant", "content": PROBE}]
+        row = Conversation(messages, None, [None] * len(messages), completion_from=len(content))
+    [sample] = chat.encode(row)
+    last = int(sample.ids[sample.trained][-1])
+    stops = sorted(stop_token_ids(chat.tokenizer))
+    shown = ", ".join(repr(chat.tokenizer.decode([token])) for token in stops) or "nothing"
+    name = repr(chat.tokenizer.decode([last]))
+    if last in stops:
+        return Finding("answers can end", f"by {shown}; in training they end with {name}", True)
+    return Finding(
+        "answers can end", f"in training with {name}, but only {shown} ends one that is drawn", False
+    )
 
 
 class Examination:
@@ -116,9 +136,13 @@ class Examination:
 
     def findings(self) -> Iterator[Finding]:
         """Everything, in the order of a step."""
-        yield self._end_of_turn()
-        yield self._weights()
         prompts = self.prepared.prompts.take(0, self.job.train.global_batch_size or 1).prompts
+        tokenizer = load_tokenizer(self.prepared.files, self.job.model)
+        yield end_of_turn(ChatTokenizer(tokenizer), prompts[0].content)
+        weights = self._weights()
+        yield weights
+        if not weights.holds:
+            return  # what such engines say means nothing
         self.rollouts = self.roles.generate(prompts)
         self.layout = self._layout(self.job)
         old = self._logprobs(self.layout, self.plan.packed)
@@ -146,14 +170,11 @@ class Examination:
         self.roles.take(self.rollouts, layout, packed=packed)
         return self.roles.old_logprobs(len(self.rollouts))
 
-    def _end_of_turn(self) -> Finding:
-        tokenizer = load_tokenizer(self.prepared.files, self.job.model)
-        stops = sorted(stop_token_ids(tokenizer))
-        names = ", ".join(repr(tokenizer.decode([token])) for token in stops)
-        return Finding("answers can end", f"by {names or 'no token at all'}", bool(stops))
-
     def _weights(self) -> Finding:
-        took = self.roles.sync(0)  # raises where a checksum differs
+        try:
+            took = self.roles.sync(0)
+        except OtherWeights as error:
+            return Finding("weights of the engines", error.message, False)
         if not took:
             return Finding("weights of the engine", "the policy's own tensors", True)
         size = f"{took['bytes'] / 1e6:.1f} MB in {took['buckets']:.0f} buckets"

@@ -28,8 +28,8 @@ class RoleDied(WorkerError):
 class Group:
     """The processes of one role, rank by rank.
 
-    make: starts the process of a rank. restarts: how often processes of a role that holds nothing of its own are started again
-    in the middle of a step; every other death raises RoleDied. restart_s: seconds that each call to a process that starts again
+    make: starts the process of a rank. restarts: how often (more) processes of a role that holds nothing of its own are started
+    again in the middle of a step; every other death raises RoleDied. restart_s: seconds that each call to a process that starts again
     may take. tell: told what a restart was for and what it cost.
     """
 
@@ -43,7 +43,7 @@ class Group:
         restart_s: float = 1800.0,
         tell: Callable[[str], None] = print,
     ) -> None:
-        self.role, self._make, self._restarts, self._tell = role, make, restarts, tell
+        self.role, self._make, self.restarts, self._tell = role, make, restarts, tell
         self._restart_s = restart_s
         self._kept: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.actors: list[Any] = [make(rank) for rank in range(size)]
@@ -88,9 +88,9 @@ class Group:
     def revive(self, rank: int, why: RoleDied) -> dict[str, Any]:
         """Start the process of a rank again and bring it to where it was; returns what the calls for that gave, by method. Raises
         `why` where that cannot be."""
-        if self._restarts == 0:
+        if self.restarts == 0:
             raise why
-        self._restarts -= 1
+        self.restarts -= 1
         began = time.monotonic()
         ray.kill(self.actors[rank])
         self.actors[rank] = self._make(rank)

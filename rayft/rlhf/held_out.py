@@ -16,6 +16,7 @@ from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.prompts import PromptSet
 from rayft.rlhf.roles import Roles
 from rayft.rlhf.rollout import Rollout
+from rayft.rlhf.step import Scored
 from rayft.storage import ObjectNotFound, Store
 
 #: Added to the run's seed, so that no held-out answer is drawn from a stream that a trained one is drawn from.
@@ -29,7 +30,7 @@ class HeldOut:
         self.plan, self.store = plan, store
         data = plan.job.data.model_copy(update={"train": plan.job.data.eval})
         longest = data.max_length - plan.job.rollout.max_new_tokens
-        prompts = PromptSet(data, chat, seed=None, longest=longest, node_dir=node_dir)
+        prompts = PromptSet(data, chat, seed=None, longest=longest, node_dir=node_dir, key="data.eval")
         self.prompts = prompts.take(0, prompts.order.epoch_rows(), prompts.order.epoch_rows()).prompts
 
     def measure(self, roles: Roles, step: int, leave: Callable[[], bool]) -> dict[str, float]:
@@ -54,7 +55,7 @@ class HeldOut:
         metrics["truncated"] = float(np.mean([not r.ended for r in rollouts]))
         if self.plan.reference is not None:
             metrics["kl"] = self._kl(roles, rollouts)
-        keep_rollouts(self.store, key_of(step, held_out=True), rollouts, by_source, scores_S, {})
+        keep_rollouts(self.store, "held-out", step, Scored(rollouts, scores_S, by_source), {})
         if step > 0:
             metrics |= self._win_rates(by_source)
         return metrics
@@ -71,7 +72,7 @@ class HeldOut:
 
     def _win_rates(self, by_source: dict[str, np.ndarray]) -> dict[str, float]:
         try:
-            before = read_rows(self.store, key_of(0, held_out=True))
+            before = read_rows(self.store, key_of("held-out", 0))
         except ObjectNotFound:  # eval.before was false
             return {}
         if len(before) != len(self.prompts) * self.plan.job.eval.answers:

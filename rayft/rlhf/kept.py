@@ -5,26 +5,24 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayft.rlhf.experience import Columns
-from rayft.rlhf.rollout import Rollout
+from rayft.rlhf.step import Scored
 from rayft.storage import Store
 
+#: Answers that a step was trained on; those it was not trained on, since their group had no spread; those to held-out prompts
+#: after so many steps.
+Kind = Literal["step", "dropped", "held-out"]
 
-def keep_rollouts(
-    store: Store,
-    key: str,
-    rollouts: Sequence[Rollout],
-    by_source: dict[str, np.ndarray],
-    scores_S: np.ndarray,
-    columns: Columns,
-) -> None:
-    """Write a Parquet file with a row for each answer."""
+
+def keep_rollouts(store: Store, kind: Kind, step: int, scored: Scored, columns: Columns) -> None:
+    """Write a Parquet file with a row for each answer; columns: what its tokens were trained with."""
+    rollouts = scored.rollouts
     rows: dict[str, Any] = {
         "row": [r.prompt.row for r in rollouts],
         "position": [r.prompt.position for r in rollouts],
@@ -36,13 +34,13 @@ def keep_rollouts(
         "ended": [r.ended for r in rollouts],
         "version": [r.version for r in rollouts],
         "engine_logprobs": _lists([np.array(r.logprobs, np.float64) for r in rollouts]),
-        "score": scores_S.tolist(),
+        "score": scored.scores_S.tolist(),
     }
-    rows |= {f"score/{name}": scores.tolist() for name, scores in by_source.items()}
+    rows |= {f"score/{name}": scores.tolist() for name, scores in scored.by_source.items()}
     rows |= {name: _lists([np.asarray(a, np.float64) for a in arrays]) for name, arrays in columns.items()}
     sink = io.BytesIO()
     pq.write_table(pa.table(rows), sink, compression="zstd")
-    store.put(key, sink.getvalue())
+    store.put(key_of(kind, step), sink.getvalue())
 
 
 def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
@@ -51,6 +49,6 @@ def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, np.concatenate(arrays) if arrays else np.empty(0))
 
 
-def key_of(step: int, *, held_out: bool = False) -> str:
-    """Where the answers lie that a step was trained on, or those to held-out prompts after so many steps."""
-    return f"rollouts/{'held-out' if held_out else 'step'}-{step:06d}.parquet"
+def key_of(kind: Kind, step: int) -> str:
+    """Where answers lie."""
+    return f"rollouts/{kind}-{step:06d}.parquet"

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,7 +27,7 @@ from rayft.rlhf.experience import (
 )
 from rayft.rlhf.finished import Interrupted, keep_finished, kept_finished
 from rayft.rlhf.held_out import HeldOut
-from rayft.rlhf.kept import keep_rollouts, key_of
+from rayft.rlhf.kept import keep_rollouts
 from rayft.rlhf.layout import MiniBatch, layout_of
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.prompts import Prompt, PromptSet
@@ -88,6 +89,7 @@ class Loop:
         self.recorder, self.store, self._heed = recorder, store, heed
         self.held_out, self._gate = held_out, gate
         self._saved_step, self._saving_s = state.step, 0.0
+        self._told_uniform = False
         self._finished = kept_finished(store, state.step, state.saved_epoch, prompts)
         self._ahead = Ahead() if self.job.rollout.lag else None
         if self._ahead and state.ahead:
@@ -110,12 +112,13 @@ class Loop:
             began = time.perf_counter()
             with self._may_be_left():
                 step = self._next()
-            if not step.rollouts:  # what is left of the epoch was dropped
+            if not step.answers.rollouts:  # what is left of the epoch was dropped
+                self._keep_dropped(step, state.step + 1)
                 self.recorder.row.remote({"kind": "ledger", "step": state.step + 1, **step.ledger})
                 break
             if self._heed() and not self._ahead:  # one that runs ahead has taken the answers already
                 self._leave()
-            rollouts, count = step.rollouts, len(step.rollouts)
+            rollouts, count = step.answers.rollouts, len(step.answers.rollouts)
             lengths = [rollout.length for rollout in rollouts]
             layout = layout_of(rollouts, self.plan, ranks=len(roles.policy), step=state.step)
             with self._may_be_left(), step.timed("scoring"):
@@ -123,8 +126,11 @@ class Loop:
                 old = None if self.plan.one_pass else roles.old_logprobs(count)
                 reference = roles.reference_logprobs(count)
                 values = roles.values(count)
-            columns, metrics = experience(rollouts, step.scores_S, old, reference, values, job, state.kl.coef)
+            columns, metrics = experience(
+                rollouts, step.answers.scores_S, old, reference, values, job, state.kl.coef
+            )
             columns["weights"] = weights_of(rollouts, layout, job)
+            self._tell_uniform(metrics)
             rate = learning_rate(job.train, self._progress(), self.plan.total_steps)
             critic_rate = (
                 rate * (rl.critic_learning_rate or job.train.learning_rate) / job.train.learning_rate
@@ -146,8 +152,8 @@ class Loop:
             state.step, state.position = state.step + 1, step.next_position
             state.tokens += sum(lengths)
             with step.timed("dump"):
-                key = key_of(state.step)
-                keep_rollouts(self.store, key, rollouts, step.by_source, step.scores_S, columns)
+                keep_rollouts(self.store, "step", state.step, step.answers, columns)
+                self._keep_dropped(step, state.step)
             self._record(step, lengths, metrics, results, critic_results, rate, time.perf_counter() - began)
             self._finished.clear()
             leave = self._heed()
@@ -205,15 +211,16 @@ class Loop:
         drawn = self._ahead.take() if self._ahead and self._ahead.begun else None
         waited = time.perf_counter() - began
         sync = self._sync()
-        step = drawn or self._answers(self.state.position)
-        if self._ahead and self._more(self.state.step + 1, step.next_position):
-            self._ahead.begin(self._answers, step.next_position)
+        number = self.state.step + 1
+        step = drawn or self._answers(number, self.state.position)
+        if self._ahead and self._more(number, step.next_position):
+            self._ahead.begin(partial(self._answers, number + 1, step.next_position))
         if drawn:
             step.ahead, step.seconds = step.seconds, {"waiting": waited}
         step.sync |= sync
         # A fork of a run's last checkpoint begins without answers, which it has not drawn.
         wanted = max(0, self.state.step - self.job.rollout.lag) if drawn else self.state.step
-        assert all(rollout.version == wanted for rollout in step.rollouts), (
+        assert all(rollout.version == wanted for rollout in step.answers.rollouts), (
             f"answers are not of version {wanted}"
         )
         return step
@@ -242,10 +249,11 @@ class Loop:
         took = self.roles.sync(self.state.step)
         return took | {"seconds": time.perf_counter() - began} if took else {}
 
-    def _answers(self, position: int) -> Step:
-        """Prompts, answers and scores of a step; with others in the place of prompts that teach nothing, if so asked."""
+    def _answers(self, number: int, position: int) -> Step:
+        """Prompts from a position on, answers and scores of a step; with others in the place of prompts that teach nothing, if so
+        asked."""
         wanted = self.job.train.global_batch_size or 1
-        step = Step([], np.empty(0), {}, position, {"trained": [], "too_long": [], "uniform": []})
+        step = Step(position)
         for refill in range(1 + self.rl.max_refills):
             missing = wanted - len(step.ledger["trained"])
             taken = self.prompts.take(step.next_position, missing, self.plan.end)
@@ -253,6 +261,8 @@ class Loop:
             step.ledger["too_long"] += taken.too_long
             if not taken.prompts:
                 break
+            issued = [prompt.row for prompt in taken.prompts]
+            self.recorder.row.remote({"kind": "issued", "step": number, "prompts": issued})
             with step.timed("generation"):
                 rollouts = self._drawn(taken.prompts)
             with step.timed("reward"):
@@ -264,15 +274,16 @@ class Loop:
             for prompt, kept in zip(taken.prompts, kept_P, strict=True):
                 step.ledger["trained" if kept else "uniform"].append(prompt.row)
             kept_S = np.repeat(kept_P, self.rl.num_generations or 1)
-            step.rollouts += [r for r, kept in zip(rollouts, kept_S, strict=True) if kept]
-            step.scores_S = np.concatenate([step.scores_S, scores_S[kept_S]])
-            for name, scores in by_source.items():
-                before = step.by_source.get(name, np.empty(0))
-                step.by_source[name] = np.concatenate([before, scores[kept_S]])
+            step.answers.add(rollouts, scores_S, by_source, kept_S)
+            step.dropped.add(rollouts, scores_S, by_source, ~kept_S)
             if kept_P.all():
                 break
         self.roles.answered()
         return step
+
+    def _keep_dropped(self, step: Step, number: int) -> None:
+        if step.dropped.rollouts:
+            keep_rollouts(self.store, "dropped", number, step.dropped, {})
 
     def _drawn(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Answers to the prompts. One step behind they are drawn to the end, since the weights that draw them are not kept."""
@@ -300,6 +311,16 @@ class Loop:
             raise diverged(self.state.step, what)
         return replace(result, metrics=means)
 
+    def _tell_uniform(self, metrics: dict[str, float]) -> None:
+        """Once an attempt: a reward that never tells answers apart would go unnoticed."""
+        if metrics.get("uniform_groups") == 1.0 and not self._told_uniform:
+            self._told_uniform = True
+            message = (
+                f"step {self.state.step + 1}: the answers to each prompt all have the same reward, so the step learns nothing from "
+                "rewards. Look at `rayft rollouts`; more rl.num_generations, a higher rollout.temperature or a reward in degrees help."
+            )
+            self.recorder.event.remote("warning", message)
+
     def _record(
         self,
         step: Step,
@@ -315,11 +336,11 @@ class Loop:
         if len(results) > 1:
             metrics["moved"] = results[-1].metrics["moved"]
             metrics["clip_fraction"] = float(np.mean([result.metrics["clip_fraction"] for result in results]))
-        metrics |= {f"score/{name}": float(scores.mean()) for name, scores in step.by_source.items()}
+        metrics |= {f"score/{name}": float(scores.mean()) for name, scores in step.answers.by_source.items()}
         shown = [*results, *critic_results]
         seconds_by_phase = step.seconds | {"checkpoint": self._saving_s}
         self._saving_s = 0.0
-        answered = sum(len(rollout.ids) for rollout in step.rollouts)
+        answered = sum(len(rollout.ids) for rollout in step.answers.rollouts)
         row = {
             "kind": "step",
             "step": self.state.step,
@@ -328,7 +349,7 @@ class Loop:
             "grad_norm": float(np.max([result.grad_norm for result in (results or shown)])),
             "learning_rate": rate,
             "rows": len(step.ledger["trained"]),
-            "answers": len(step.rollouts),
+            "answers": len(step.answers.rollouts),
             "tokens": sum(lengths),
             "trained_tokens": answered,
             "tokens_per_s": sum(lengths) / seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 
 from rayft.errors import WorkerError
 from rayft.rlhf.engines import Answers, Held
@@ -32,14 +33,14 @@ class EnginePool:
     def send(self, version: int, policy: Group) -> dict[str, float]:
         """Have every engine hold the policy's weights; returns bytes, calls and times.
 
-        Raises WorkerError where an engine holds other bytes than were sent.
+        Raises OtherWeights where an engine holds other bytes than were sent.
         """
         shipped: list[Shipped] = policy.call("ship", timeout_s=self._timeout_s)
         shipments = [shipment for own in shipped for shipment in own.shipments]
         [held] = wait([self._group.set_up("take_weights", version, shipments)], self._timeout_s)
         wanted = [shipment.checksum for shipment in shipments]
         for rank, engine in enumerate(held):
-            _refuse_other_bytes(rank, engine, wanted, version)
+            refuse_other_bytes(rank, engine, wanted, version)
         self.version = version
         seconds: dict[str, float] = {}
         for own in (*shipped, *held):  # ranks and engines work side by side: the slowest counts
@@ -91,10 +92,15 @@ class EnginePool:
         return self._group.set_up("build")
 
 
-def _refuse_other_bytes(rank: int, engine: Held, wanted: list[str], version: int) -> None:
+class OtherWeights(WorkerError):
+    """An engine holds other weights than were sent."""
+
+
+def refuse_other_bytes(rank: int, engine: Held, wanted: list[str], version: int) -> None:
+    """Raise OtherWeights unless an engine's checksums are those of what was sent."""
     if engine.checksums != wanted:
-        wrong = sum(a != b for a, b in zip(engine.checksums, wanted, strict=True))
-        raise WorkerError(
+        wrong = sum(a != b for a, b in zip_longest(engine.checksums, wanted))
+        raise OtherWeights(
             f"Engine {rank} holds other weights than version {version}, which was sent: {wrong} of {len(wanted)} checksums differ.",
             "Its memory or what carried the bytes is broken: look at the node, and run again.",
         )

@@ -44,13 +44,21 @@ class Taken:
 
 
 class PromptSet:
-    """All rows of data.train, read when they are needed; what comes when follows from the position alone."""
+    """All rows of a job's sources, read when they are needed; what comes when follows from the position alone."""
 
     def __init__(
-        self, data: Data, chat: ChatTokenizer, *, seed: int | None, longest: int, node_dir: Path
+        self,
+        data: Data,
+        chat: ChatTokenizer,
+        *,
+        seed: int | None,
+        longest: int,
+        node_dir: Path,
+        key: str = "data.train",
     ) -> None:
-        """seed: of the order; None: as they come. longest: tokens a prompt may have. Raises DataError for sources without rows."""
-        self.data, self.chat, self.longest, self._node_dir = data, chat, longest, node_dir
+        """seed: of the order; None: as they come. longest: tokens a prompt may have. key: what messages call the sources. Raises
+        DataError for sources without rows."""
+        self.data, self.chat, self.longest, self._node_dir, self._key = data, chat, longest, node_dir, key
         tables = [
             [(source, table) for table in open_tables(source, every=EVERY, node_dir=node_dir)]
             for source in data.train
@@ -94,7 +102,7 @@ class PromptSet:
             position += 1
             if not prompts and len(too_long) >= self.order.epoch_rows():
                 raise DataError(
-                    f"No prompt of data.train has at most {self.longest} tokens (data.max_length less rollout.max_new_tokens).",
+                    f"No prompt of {self._key} has at most {self.longest} tokens (data.max_length less rollout.max_new_tokens).",
                     "Raise data.max_length, or lower rollout.max_new_tokens.",
                 )
         return Taken(prompts, position, too_long)

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,11 +76,10 @@ class FunctionScorer:
         self._source = source
         self._function = load_function(source.path)
 
-    def __call__(
-        self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list[Any]]
-    ) -> list[float]:
+    def __call__(self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list[Any]]) -> Any:
         try:
-            return list(self._function(prompts=list(prompts), completions=list(answers), **columns))
+            gave = self._function(prompts=list(prompts), completions=list(answers), **columns)
+            return list(gave) if isinstance(gave, Iterable) else gave  # a generator raises only here
         except RayftError:
             raise
         except (Exception, SystemExit) as error:

@@ -86,6 +86,8 @@ class Roles:
         self._started_on: set[str] = set()
         self._learners: list[Group] = []
         self._others: list[Group] = []
+        #: How often processes may be started again, by their role, where that is not `max_failures` any more.
+        self._restarts: dict[str, int] = {}
         self._starting: list[tuple[Group, Call]] = []
         self._put: tuple[Columns, dict[str, Any]] = ({}, {})
         self.reference: Group | None = None
@@ -107,6 +109,7 @@ class Roles:
         or the role was `lost`."""
         for group in [*self._learners, *(group for group in self._others if group.role == lost)]:
             group.kill()
+            self._restarts[group.role] = group.restarts
         self._others = [group for group in self._others if group.role != lost]
         began, self._heed_now = time.time(), self._heed
         self._await_room()
@@ -164,7 +167,7 @@ class Roles:
         there = {group.role for group in self._others}
 
         def stateless(role: str, actor: Any, method: str, *args: Any) -> Group:
-            restarts = self.job.cluster.max_failures
+            restarts = self._restarts.get(role, self.job.cluster.max_failures)
             group = Group(
                 role,
                 self._maker(role, actor, *args),

@@ -332,7 +332,10 @@ class Cluster(Group):
         description="CPU threads of a rank (default: cpus_per_worker); fixed, because results depend on it.",
     )
     max_failures: int = Field(
-        3, ge=0, description="Worker failures that are restarted from the last checkpoint."
+        3,
+        ge=0,
+        description="Worker failures that are restarted from the last checkpoint. Where rewards are learned from, each role that holds "
+        "nothing of its own (rollout, reward, reference) may besides be started again as often in the middle of a step.",
     )
     hang_timeout_s: PositiveFloat = Field(
         600.0,

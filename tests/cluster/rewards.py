@@ -53,6 +53,13 @@ def never(completions, **_):
 def same(completions, **_):
     return [1.0] * len(completions)
 
+def dies(completions, **_):
+    import os
+
+    with (HERE / "deaths").open("a") as file:
+        file.write("x")
+    os._exit(1)
+
 CALLS = []
 
 def late(prompts, completions, **_):

@@ -48,7 +48,7 @@ def test_a_sound_job(folder: Path, capfd: pytest.CaptureFixture[str], local_ray:
     assert code == 0, lines
     assert all(line.startswith("ok") for line in lines)
     for words in (
-        "answers can end: by '<|im_end|>'",
+        "answers can end: by '<|im_end|>'; in training they end with '<|im_end|>'",
         "weights of the engines: 0.0 MB in 1 buckets, every checksum as sent",
         "engine against trainer: mean |Δp|",
         "log-probabilities: micro-batches of one row",
@@ -69,7 +69,7 @@ def test_a_reward_that_depends_on_the_batch(
     folder: Path, capfd: pytest.CaptureFixture[str], local_ray: None
 ) -> None:
     code, lines = doctor(folder, capfd, "batch", rewards=[function(folder, "by_batch")])
-    assert code == 1
+    assert code == 2
     [failed] = [line for line in lines if line.startswith("FAIL")]
     assert "reward by_batch" in failed
     assert "2.3e+01" in failed

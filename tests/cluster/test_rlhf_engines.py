@@ -9,6 +9,8 @@ import pytest
 
 from rayft.cli import main
 from rayft.report.log import read_log
+from rayft.rlhf.browse import read_rows
+from rayft.rlhf.kept import key_of
 from rayft.spec import Job
 from rayft.storage import open_store
 from tests.cluster.rewards import prepare_folder, rl_job
@@ -98,6 +100,45 @@ def test_weights_that_are_sharded_reach_the_engine(
             assert trained.pop() < whole / 2, "more than the adapter is sent"
 
 
+@pytest.mark.full
+def test_ranks_stages_and_places_change_nothing_but_rounding(folder: Path, local_ray: None) -> None:
+    """PPO with an adapter: one process for each role on the policy's bundle; and two ranks under ZeRO-3 for policy and critic, every
+    role in bundles of its own, two of the reward."""
+    scorer = {"name": "model", "type": "model", "path": str(folder / "scorer")}
+    groups: dict[str, Any] = {
+        "adapter": LORA,
+        "rl": {"critic_learning_rate": 1e-2, "num_mini_batches": 2},
+        "rollout": {"engines": 1},
+        "eval": {"every_steps": 2},
+    }
+    data = {"train": [{"path": str(folder / "prompts.jsonl")}], "max_length": 96}
+    groups["data"] = {**data, "eval": [{"path": str(folder / "prompts.jsonl"), "limit": 4}]}
+    part = {"apart": True, "cpus": 0.25}
+    places = {"critic": {"apart": True}, "reference": part, "rollout": part, "rewards": part}
+    together = job_of(
+        folder, "together", "ppo", rewards=[scorer], cluster={"num_workers": 1}, zero={"stage": 0}, **groups
+    )
+    spread = job_of(
+        folder,
+        "spread",
+        "ppo",
+        rewards=[{**scorer, "workers": 2}],
+        cluster={"num_workers": 2, "cpus_per_worker": 0.25},
+        zero={"stage": 3},
+        placement=places,
+        **groups,
+    )
+    one, other = run(together, folder), run(spread, folder)
+    assert len(one) == len(other) == 4
+    for mine, theirs in zip(one, other, strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-3, abs=1e-5)
+        assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-3)
+        for name, value in mine["metrics"].items():
+            assert theirs["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert one[-1]["metrics"]["kl"] != 0
+    assert one[0]["metrics"]["value_loss"] != one[-1]["metrics"]["value_loss"]
+
+
 def test_one_step_behind(folder: Path, local_ray: None) -> None:
     """Answers of step n by the weights before step n - 1, weighted by how far the policy has moved since."""
     job = job_of(folder, "behind", "dr_grpo", rollout={**APART, "lag": 1})
@@ -105,5 +146,11 @@ def test_one_step_behind(folder: Path, local_ray: None) -> None:
     gaps = [row["metrics"]["engine_gap"] for row in steps]
     assert gaps[0] < 1e-5
     assert min(gaps[1:]) > 1e-4, "answers are not one step behind"
-    ledger = [row for row in read_log(open_store(folder / "runs" / "behind")) if row["kind"] == "ledger"]
+    store = open_store(folder / "runs" / "behind")
+    for step, version in enumerate([0, 0, 1, 2], 1):
+        rows = read_rows(store, key_of("step", step))
+        assert {row["version"] for row in rows} == {version}
+        weights = [weight for row in rows for weight in row["importance"]]
+        assert (max(abs(weight - 1) for weight in weights) > 1e-3) is (step > 1)
+    ledger = [row for row in read_log(store) if row["kind"] == "ledger"]
     assert sorted(row for entry in ledger for row in entry["trained"]) == list(range(24))

@@ -58,6 +58,10 @@ def test_it_shows_filters_and_compares(run: Path, capfd: pytest.CaptureFixture[s
     assert "weights of version 1" in " ".join(answers.split())
     some = rollouts(capfd, run, "--step", "2", "--where", f"score>={scores[0]}", "--where", "tokens<=12")
     assert f"score {scores[0]:.4g}" in some
+    short = rollouts(capfd, run, "--step", "2", "--where", "tokens<=12.5")
+    assert "5 of 24 answers" in short
+    ended = rollouts(capfd, run, "--step", "2", "--where", "ended=false")
+    assert "of 24 answers" in ended
     none = rollouts(capfd, run, "--step", "2", "--where", "text~no such text")
     assert "0 of 0 answers" in none
     changed = rollouts(capfd, run, "--compare", "1", "3")
@@ -77,6 +81,8 @@ def test_it_shows_filters_and_compares(run: Path, capfd: pytest.CaptureFixture[s
         (["--where", "score<1"], "look at the answers of one step"),
         (["--step", "1", "--where", "score"], "'score' is no condition"),
         (["--step", "1", "--where", "score<much"], "compares a number with 'much'"),
+        (["--step", "1", "--where", "ended=1"], "compares yes or no with '1'"),
+        (["--dropped"], "No answers were dropped"),
         (["--step", "1", "--where", "text~("], "regular expression"),
         (["--step", "1", "--sort", "nothing"], "have no column 'nothing'"),
         (["--replay", "2"], "are not kept (checkpoint 1)"),

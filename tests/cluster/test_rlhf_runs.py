@@ -17,6 +17,8 @@ from rayft.checkpoint import committed_steps
 from rayft.cli import main
 from rayft.report.log import read_log
 from rayft.report.usage_table import collect
+from rayft.rlhf.browse import read_rows
+from rayft.rlhf.kept import key_of
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.rewards import ModelScorer
 from rayft.storage import open_store
@@ -148,6 +150,20 @@ def test_an_epoch_ends_with_its_last_prompt(folder: Path, local_ray: None) -> No
     ledger = [row for row in read_log(open_store(folder / "runs" / "epoch")) if row["kind"] == "ledger"]
     assert [len(row["trained"]) for row in ledger] == [16, 8]
     assert sorted(row for entry in ledger for row in entry["trained"]) == list(range(24))
+
+
+@pytest.mark.full
+def test_a_reward_whose_process_always_dies(
+    folder: Path, capfd: pytest.CaptureFixture[str], local_ray: None
+) -> None:
+    """Once more within the step, and then, with the role's budget used up, once from the beginning."""
+    rewards, deaths = [function(folder, "dies")], folder / "deaths"
+    cluster = {"num_workers": 1, "max_failures": 1}
+    assert run(rl_job(folder, "grpo", name="dying", rewards=rewards, cluster=cluster), folder) == 9
+    assert "The roles failed more than 1 times" in capfd.readouterr().err
+    assert len(deaths.read_text()) == 3
+    store = open_store(folder / "runs" / "dying")
+    assert len(events(store, "recovery")) == len(events(store, "failure")) == 1
 
 
 @pytest.mark.full
@@ -308,19 +324,31 @@ def test_a_run_that_drew_ahead_is_prolonged(folder: Path, local_ray: None) -> No
 
 
 @pytest.mark.full
-def test_groups_without_spread_change_nothing(folder: Path, local_ray: None) -> None:
-    """Every answer scored the same: no advantage, and a step whose gradient is 0; DAPO draws others until it may no more."""
+def test_groups_without_spread_change_nothing(
+    folder: Path, capfd: pytest.CaptureFixture[str], local_ray: None
+) -> None:
+    """Every answer scored the same: no advantage, and a step whose gradient is 0, which is said; DAPO draws others until it may no
+    more, and those it leaves out are kept too."""
     train = {"max_steps": 1, "global_batch_size": 4, "learning_rate": 1e-2, "precision": "fp32"}
     rl = {"num_generations": 2, "max_refills": 2}
     job = rl_job(folder, "dapo", name="same", rewards=[function(folder, "same")], train=train, rl=rl)
     assert run(job, folder) == 0
-    log = read_log(open_store(folder / "runs" / "same"))
+    assert "step 1: the answers to each prompt all have the same reward" in capfd.readouterr().out
+    store = open_store(folder / "runs" / "same")
+    log = read_log(store)
     [step] = [row for row in log if row["kind"] == "step"]
     [ledger] = [row for row in log if row["kind"] == "ledger"]
     assert step["metrics"]["uniform_groups"] == 1.0
     assert step["grad_norm"] == 0.0
     assert len(ledger["trained"]) == 4
     assert len(ledger["uniform"]) == 8
+    issued = [row["prompts"] for row in log if row["kind"] == "issued"]
+    assert issued == [ledger["uniform"][:4], ledger["uniform"][4:], ledger["trained"]]
+    dropped = read_rows(store, key_of("dropped", 1))
+    assert [row["row"] for row in dropped[::2]] == ledger["uniform"]
+    assert {row["score"] for row in dropped} == {1.0}
+    assert main(["rollouts", str(folder / "runs" / "same"), "--dropped", "--step", "1"]) == 0
+    assert "5 of 16 answers of step 1" in capfd.readouterr().out
 
 
 def test_a_critic_that_begins_as_the_policy_says_nothing_at_first(folder: Path, local_ray: None) -> None:

@@ -150,10 +150,10 @@ def test_told_to_end_while_a_reward_hangs(folder: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("how", ["nobody", "signal"])
+@pytest.mark.parametrize("how", ["nobody", "signal", "another"])
 def test_an_engine_that_waits_for_room(how: str, folder: Path, nodes: Nodes) -> None:
     """Its node is lost without a word in the middle of a step, and no other comes: the step before is saved. signal: told to end
-    meanwhile."""
+    meanwhile. another: a node comes in its place, and the step goes on."""
     groups = {**GRPO, "rollout": {**LONG, "engines": 1}, "zero": {"stage": 2}}
     job = rl_job(
         folder,
@@ -173,6 +173,13 @@ def test_an_engine_that_waits_for_room(how: str, folder: Path, nodes: Nodes) -> 
         [where] = nodes.holding("EngineActor")
         nodes.take(where)
         wait_until("its wait", lambda: "waiting for" in run.output(), run)
+        if how == "another":
+            nodes.add_again()
+            assert run.wait() == 0, run.output()
+            [recovery] = events(store, "recovery")
+            assert "A process of the role rollout died in `generate`" in recovery["message"]
+            assert not events(store, "failure")
+            return
         if how == "signal":
             run.process.send_signal(signal.SIGTERM)
         assert run.wait(120) == 8, run.output()

@@ -136,8 +136,10 @@ def check(folder: Path, layout: str, strikes: list[list[str]], name: str, nodes:
     )
     rebuilt = sum(whom in ("policy", "critic", "node") for whom, _ in strikes)
     assert len(events(open_store(uri), "failure")) <= rebuilt, "a loss was charged for more than once"
+    resumes = len(events(open_store(uri), "resume"))
+    assert resumes >= rebuilt + sum(whom == "driver" for whom, _ in strikes), "a new start is not in the log"
     for whom, _ in strikes:
-        if whom in ("rollout", "reward", "reference"):
+        if whom not in ("driver", "node"):
             assert f"the role {whom}" in said, said
 
 

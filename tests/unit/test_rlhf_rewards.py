@@ -38,6 +38,12 @@ def short(completions, **_):
 def words(completions, **_):
     return ["good", "bad"]
 
+def nothing(completions, **_):
+    pass
+
+def generator(completions, **_):
+    yield from [2.0, 1 / 0]
+
 def leaves(completions, **_):
     raise SystemExit(3)
 
@@ -71,6 +77,8 @@ def test_a_function_gets_columns_and_gives_numbers(file: Path) -> None:
     [
         ("raises", ["my_rewards.py:raises raised ZeroDivisionError", "line 7"]),
         ("leaves", ["my_rewards.py:leaves raised SystemExit: 3"]),
+        ("generator", ["my_rewards.py:generator raised ZeroDivisionError"]),
+        ("nothing", ["The reward mine gave NoneType, not numbers"]),
         ("nan", ["gave nan for answer 2 of 2"]),
         ("short", ["gave 1 scores for 2 answers"]),
         ("words", ["gave list, not numbers"]),
@@ -241,3 +249,22 @@ def test_an_endpoint_that_is_down_is_one_sentence() -> None:
     scorer = HttpScorer(RewardSource(name="mine", type="http", path=path, retries=0))  # type: ignore[call-arg]
     with pytest.raises(JobError, match=r"mine at http.*Connection refused \(1 try\)"):
         scorer(PROMPTS, ["xx", "yyy"], {})
+
+
+@pytest.mark.timeout(30)
+def test_an_endpoint_that_never_answers(endpoint: str) -> None:
+    asked, over = threading.Event(), threading.Event()
+
+    def silent(_: dict[str, Any]) -> dict[str, Any]:
+        asked.set()
+        over.wait(60)
+        return {}
+
+    Endpoint.replies = [(200, silent)]
+    values = {"type": "http", "path": endpoint, "timeout_s": 0.5, "retries": 0}
+    try:
+        with pytest.raises(JobError, match=r"failed: .*tim.*\(1 try\)"):
+            HttpScorer(RewardSource(name="mine", **values))(PROMPTS, ["xx", "yyy"], {})  # type: ignore[arg-type]
+    finally:
+        over.set()
+    assert asked.is_set()
