@@ -93,6 +93,10 @@ def _share(gpus: float, asked: Sequence[tuple[str, float | None]]) -> float:
     return left / (1 + sum(part is None for _, part in asked))
 
 
+#: How long it is looked for a way to spread bundles over nodes: ways that are tried, and bundles at most.
+MOST_TRIES, MOST_BUNDLES = 2_000, 200
+
+
 def refuse_what_never_fits(table: Table) -> None:
     """Raise ResourceError, with the arithmetic, if this cluster's nodes can never hold all bundles at once."""
     if not may_grow():
@@ -124,6 +128,39 @@ def refuse_beyond(table: Table, nodes: Sequence[tuple[str, Resources]]) -> None:
             raise ResourceError(
                 f"The run needs {wanted:g} {name} ({asked}); the cluster has {total:g} ({there}).", remedy
             )
+    if not _can_be_spread([need for _, need in table.bundles], [have for _, have in nodes]):
+        raise ResourceError(
+            f"The run needs {asked}, which cannot be spread over the nodes ({there}) so that each lies on one.",
+            remedy,
+        )
+
+
+def _can_be_spread(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> bool:
+    """Whether all bundles fit onto the nodes at once; True, too, where finding out would take long."""
+    names = {name for need in bundles for name in need}
+    left = [{name: have.get(name, 0) for name in names} for have in nodes]
+    largest_first = sorted(bundles, key=lambda need: (need.get("GPU", 0), need.get("CPU", 0)), reverse=True)
+    tries = 0
+
+    def spread(number: int) -> bool:
+        nonlocal tries
+        tries += 1
+        if number == len(largest_first) or tries > MOST_TRIES:
+            return True
+        need, tried = largest_first[number], []
+        for free in left:
+            if free in tried or any(free[name] < amount for name, amount in need.items()):
+                continue
+            tried.append(dict(free))  # on another node with as much free it would go no better
+            for name, amount in need.items():
+                free[name] -= amount
+            if spread(number + 1):
+                return True
+            for name, amount in need.items():
+                free[name] += amount
+        return False
+
+    return len(bundles) > MOST_BUNDLES or spread(0)
 
 
 def reserve(

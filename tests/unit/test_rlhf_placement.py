@@ -75,6 +75,22 @@ def test_what_can_never_fit_is_refused_with_the_arithmetic() -> None:
         refuse_beyond(made, [("a", {"CPU": 6}), ("b", {"CPU": 3})])
     with pytest.raises(ResourceError, match="No node has 3 CPU, which a process of rollout needs"):
         refuse_beyond(made, [("a", {"CPU": 2})] * 9)
+    refuse_beyond(made, [("a", {"CPU": 4}), ("b", {"CPU": 4}), ("c", {"CPU": 4})])
+    with pytest.raises(
+        ResourceError,
+        match=r"2 x 2 CPU for policy, 2 x 3 CPU for rollout, which cannot be spread over the nodes \(a: 4 CPU; b: 4 CPU; c: 2 CPU\)",
+    ):
+        refuse_beyond(made, [("a", {"CPU": 4}), ("b", {"CPU": 4}), ("c", {"CPU": 2})])
+
+
+def test_looking_for_a_way_to_spread_many_processes_ends() -> None:
+    """Here there is none, and too many ways to find that out: it is left to the cluster."""
+    made = table(
+        cluster={"num_workers": 30, "cpus_per_worker": 3},
+        rollout={"engines": 30, "max_new_tokens": 8},
+        placement={"rollout": {"apart": True, "cpus": 5}},
+    )
+    refuse_beyond(made, [(str(number), {"CPU": 7 + number % 3}) for number in range(30)])
 
 
 def test_ranks_are_numbered_by_node_and_gpu() -> None:
