@@ -7,7 +7,7 @@ Rows (every row also gets `time` in seconds since 1970, `epoch` of the lease and
      "checkpoint"}, "peak_memory_gb": [one per rank], "metrics": {the method's own, means over the step}}
     {"kind": "eval", "step", "loss" (none where rewards score answers), "tokens" (or, where all is a mean over them, "rows"),
         "metrics", "took_s"}
-    {"kind": "issued", "step", "prompts"}: rows of the prompts that are asked for a step from now on; {"kind": "ledger", "step",
+    {"kind": "issued", "step", "prompts"}: rows of all prompts that have been asked for a step; {"kind": "ledger", "step",
         "trained", "uniform" (answered, and dropped since their answers all had the same reward), "too_long"}: what became of them
     {"kind": "suites", "when": "before" | "after", "step", "results": {suite: {metric: value}}, "took_s"}
     {"kind": "event", "event", "message", ...}; `open` (a driver starts) carries `began`, `user`, `team` and `devices` asked for,

@@ -253,7 +253,7 @@ class Loop:
         """Prompts from a position on, answers and scores of a step; with others in the place of prompts that teach nothing, if so
         asked."""
         wanted = self.job.train.global_batch_size or 1
-        step = Step(position)
+        step, issued = Step(position), []
         for refill in range(1 + self.rl.max_refills):
             missing = wanted - len(step.ledger["trained"])
             taken = self.prompts.take(step.next_position, missing, self.plan.end)
@@ -261,7 +261,7 @@ class Loop:
             step.ledger["too_long"] += taken.too_long
             if not taken.prompts:
                 break
-            issued = [prompt.row for prompt in taken.prompts]
+            issued += [prompt.row for prompt in taken.prompts]
             self.recorder.row.remote({"kind": "issued", "step": number, "prompts": issued})
             with step.timed("generation"):
                 rollouts = self._drawn(taken.prompts)

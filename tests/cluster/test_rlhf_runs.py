@@ -342,8 +342,8 @@ def test_groups_without_spread_change_nothing(
     assert step["grad_norm"] == 0.0
     assert len(ledger["trained"]) == 4
     assert len(ledger["uniform"]) == 8
-    issued = [row["prompts"] for row in log if row["kind"] == "issued"]
-    assert issued == [ledger["uniform"][:4], ledger["uniform"][4:], ledger["trained"]]
+    [issued] = [row["prompts"] for row in log if row["kind"] == "issued"]
+    assert issued == ledger["uniform"] + ledger["trained"]
     dropped = read_rows(store, key_of("dropped", 1))
     assert [row["row"] for row in dropped[::2]] == ledger["uniform"]
     assert {row["score"] for row in dropped} == {1.0}
