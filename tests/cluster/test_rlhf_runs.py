@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rayft.checkpoint import committed_steps
 from rayft.cli import main
+from rayft.learner.schedule import learning_rate
 from rayft.report.log import read_log
 from rayft.report.usage_table import collect
 from rayft.rlhf.browse import read_rows
@@ -76,6 +77,9 @@ def test_a_run_asks_learns_and_exports(method: str, folder: Path, local_ray: Non
     log = read_log(open_store(uri))
     steps = [row for row in log if row["kind"] == "step"]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    rates = [learning_rate(job.train, step, 4) for step in range(4)]
+    assert [row["learning_rate"] for row in steps] == pytest.approx(rates)
+    assert len(set(rates)) == 4
     [used] = collect([str(uri)])
     begun = next(row for row in log if row.get("event") == "start")
     assert sum(used.parts.values()) == 10_000 * used.wall_ms * begun["devices"]["CPU"]

@@ -133,10 +133,21 @@ def take(node: Node) -> None:
     node.process.send_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("kind", ["sft", pytest.param("rlhf", marks=pytest.mark.full)])
-def test_a_node_and_then_all_of_them(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In mid-training, or while answers are drawn: the run moves to the node to spare; then the cluster goes, and on another one
-    the same submission finishes it."""
+@pytest.mark.parametrize(
+    ("kind", "last"),
+    [
+        ("sft", "head"),
+        *(
+            pytest.param(*cell, marks=pytest.mark.full)
+            for cell in (("sft", "all"), ("rlhf", "head"), ("rlhf", "all"))
+        ),
+    ],
+)
+def test_a_node_and_then_its_cluster(
+    kind: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In mid-training, or while answers are drawn: the run moves to the node to spare; then the head goes alone, or all nodes go at
+    once, and on another cluster the same submission finishes it."""
     run = Run(kind, tmp_path, 60 if kind == "sft" else 5)
     run.undisturbed()
     store = run.store
@@ -147,13 +158,20 @@ def test_a_node_and_then_all_of_them(kind: str, tmp_path: Path, monkeypatch: pyt
         told = time.time()
         take(victim)
         wait_until("the other nodes", lambda: events(store, "resume"), timeout_s=WAIT_S)
-        assert events(store, "drain")[0]["time"] - told < DRAIN_S
+        saved = events(store, "checkpoint")[0]["time"] - told
+        assert saved < DRAIN_S, "it was not saved inside the drain window"
         victim.process.wait(timeout=WAIT_S)
         assert victim not in working(cluster)
         here = max(losses(store))
         wait_until("a step there", step_reached(store, here + 1), timeout_s=WAIT_S)
         told = time.time()
-        cluster.stop(patience_s=DRAIN_S + 30)
+        if last == "head":
+            assert cluster.head is not None
+            take(cluster.head)
+            wait_until("the end", lambda: events(store, "end"), timeout_s=WAIT_S)
+            cluster.head.process.wait(timeout=DRAIN_S + 30)
+        else:
+            cluster.stop(patience_s=DRAIN_S + 30)
     [end] = events(store, "end")
     assert end["code"] == 8, end
     assert "the driver's node" in end["message"]

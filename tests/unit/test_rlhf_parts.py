@@ -154,6 +154,15 @@ def rollouts(lengths: list[int], ended: list[bool] | None = None, generations: i
     ]
 
 
+def test_an_answer_is_trained_as_it_was_drawn() -> None:
+    """Token by token, also where its text would be tokenised otherwise, or holds what looks like a special token."""
+    end = tiny_tokenizer().eos_token_id
+    asked = Prompt(0, 0, (end, 5), ask("x"), {})
+    example = Rollout(asked, 0, [end, 97, end, end], [0.0] * 4, True, 0, "a").example
+    assert example.ids.tolist() == [end, 5, end, 97, end, end]
+    assert example.trained.tolist() == [False] * 2 + [True] * 4
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_answer_is_in_one_mini_batch_and_ranks_have_equally_many_micro_batches(
