@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from rayft.data.template import ChatTokenizer
 from rayft.rlhf.browse import read_rows
 from rayft.rlhf.kept import keep_rollouts, key_of
 from rayft.rlhf.layout import lay_out
-from rayft.rlhf.plan import RlPlan
+from rayft.rlhf.plan import RlPrepared
 from rayft.rlhf.prompts import PromptSet
 from rayft.rlhf.roles import Roles
 from rayft.rlhf.rollout import Rollout
 from rayft.rlhf.step import Scored
+from rayft.spec import RewardSource
 from rayft.storage import ObjectNotFound, Store
 
 #: Added to the run's seed, so that no held-out answer is drawn from a stream that a trained one is drawn from.
 SEED = 1 << 32
+#: Metrics of the policy before the first step; and those that a search gives to a trial, since another one has measured them.
+BEFORE, GIVEN = "held-out-before.json", "held-out-given.json"
 
 
 class HeldOut:
     """The prompts of data.eval, each answered `eval.answers` times as in training, by the same seeds every time."""
 
-    def __init__(self, plan: RlPlan, chat: ChatTokenizer, store: Store, node_dir: Path) -> None:
-        self.plan, self.store = plan, store
-        data = plan.job.data.model_copy(update={"train": plan.job.data.eval})
-        longest = data.max_length - plan.job.rollout.max_new_tokens
+    def __init__(self, prepared: RlPrepared, store: Store, node_dir: Path) -> None:
+        self.plan, self.store = prepared.plan, store
+        job, chat = self.plan.job, prepared.prompts.chat
+        data = job.data.model_copy(update={"train": job.data.eval})
+        longest = data.max_length - job.rollout.max_new_tokens
         prompts = PromptSet(data, chat, seed=None, longest=longest, node_dir=node_dir, key="data.eval")
+        of_the_start = [
+            prepared.files.identity,
+            prompts.identity,
+            job.adapter.type,
+            job.seed,
+            job.train.precision,
+            job.eval.answers,
+            job.rollout.model_dump(mode="json"),
+            [[source.model_dump(mode="json"), _text_of(source)] for source in job.rewards],
+            self.plan.reference is not None,
+        ]
+        #: What decides on what is measured before the first step.
+        self._of_the_start = hashlib.blake2b(json.dumps(of_the_start).encode(), digest_size=16).hexdigest()
         self.prompts = prompts.take(0, prompts.order.epoch_rows(), prompts.order.epoch_rows()).prompts
 
     def measure(self, roles: Roles, step: int, leave: Callable[[], bool]) -> dict[str, float]:
-        """Metrics of the policy after so many steps; keeps the answers as `rollouts/held-out-N.parquet`.
+        """Metrics of the policy after so many steps; keeps the answers as `rollouts/held-out-N.parquet`, and before the first step
+        the metrics as `held-out-before.json`.
 
         score (and each source's, `score/NAME`) with its deviation over answers and its standard error, by the means of the
         prompts; kl: nats an answer to the reference, where there is one; win_rate/NAME: share of the answers that the source
@@ -57,7 +76,20 @@ class HeldOut:
             metrics["kl"] = self._kl(roles, rollouts)
         keep_rollouts(self.store, "held-out", step, Scored(rollouts, scores_S, by_source), {})
         if step > 0:
-            metrics |= self._win_rates(by_source)
+            return metrics | self._win_rates(by_source)
+        self.store.put(BEFORE, json.dumps({"of": self._of_the_start, "metrics": metrics}).encode())
+        return metrics
+
+    def given(self) -> dict[str, float] | None:
+        """What another trial of the same search has measured before its first step. None where none has, or where what decides on it
+        is not the same."""
+        try:
+            kept = json.loads(self.store.get(GIVEN))
+        except ObjectNotFound:
+            return None
+        if kept["of"] != self._of_the_start or self.store.stat(key_of("held-out", 0)) is None:
+            return None
+        metrics: dict[str, float] = kept["metrics"]
         return metrics
 
     def _kl(self, roles: Roles, rollouts: Sequence[Rollout]) -> float:
@@ -83,6 +115,12 @@ class HeldOut:
             wins = np.where(scores == start, 0.5, scores > start)
             rates |= {f"win_rate/{name}": float(wins.mean())}
         return rates
+
+
+def _text_of(source: RewardSource) -> str:
+    """The file of a reward that is a function in one."""
+    path = Path(source.path.rpartition(":")[0])
+    return path.read_text() if source.type == "function" and path.suffix == ".py" else ""
 
 
 def _described(name: str, scores_S: np.ndarray, answers: int) -> dict[str, float]:

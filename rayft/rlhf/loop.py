@@ -231,9 +231,10 @@ class Loop:
         if self._ahead and self._ahead.begun:
             self._ahead.look()  # the engines are not free before
         began = time.perf_counter()
+        given = self.held_out.given() if self.state.step == 0 else None
         try:
             with self.roles.heeding(self._leaving):
-                metrics = self.held_out.measure(self.roles, self.state.step, self._leaving)
+                metrics = given or self.held_out.measure(self.roles, self.state.step, self._leaving)
         except Interrupted:  # the next start measures it first
             self._leave()
         row = {
@@ -241,6 +242,7 @@ class Loop:
             "step": self.state.step,
             "rows": len(self.held_out.prompts),
             "metrics": metrics,
+            "given": given is not None,
         }
         self.recorder.row.remote(row | {"took_s": round(time.perf_counter() - began, 3)})
 

@@ -107,8 +107,7 @@ class Driver:
         self._noticing = threading.RLock()
         self._held_out: HeldOut | None = None
         if self.job.data.eval:
-            chat = prepared.prompts.chat
-            self._held_out = HeldOut(self.plan, chat, store, node_cache_dir())
+            self._held_out = HeldOut(prepared, store, node_cache_dir())
 
     def ask_to_stop(self, reason: str) -> None:
         """Save and end at the next border between phases."""
