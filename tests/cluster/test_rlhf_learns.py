@@ -85,23 +85,22 @@ def test_ppo_raises_a_trained_reward_within_its_budget(tmp_path: Path, local_ray
         train={**train, "learning_rate": 3e-3},
         eval={"suites": agrees},
     )
-    print(read_json(reward / "suites-after.json"))
+    assert read_json(reward / "suites-after.json")["agrees"]["accuracy"] > 0.9
     learned = run(
         tmp_path,
         "ppo",
         "ppo",
         start,
         "prompts.jsonl",
-        20,
-        train={"global_batch_size": 32, "learning_rate": 3e-3, "lr_scheduler": "linear"},
+        16,
+        train={"global_batch_size": 32, "learning_rate": 2e-3, "lr_scheduler": "linear"},
         data={"eval": [{"path": str(tmp_path / "held_out.jsonl")}]},
         rewards=[{"name": "liked", "type": "model", "path": str(reward)}],
         rollout={"max_new_tokens": 8},
-        rl={"kl_coef": 0.05, "num_mini_batches": 2, "critic_learning_rate": 1e-2},
-        eval={"every_steps": 20, "answers": 4},
+        rl={"kl_coef": 0.6, "num_mini_batches": 2, "critic_learning_rate": 1e-2},
+        eval={"every_steps": 16, "answers": 4},
     )
     held_out = {row["step"]: row["metrics"] for row in read_log(open_store(learned)) if row["kind"] == "eval"}
-    first, last = held_out[0], held_out[20]
-    print(first, last)
+    first, last = held_out[0], held_out[16]
     assert last["score"] > first["score"] + first["score_std"]
     assert 0 < last["kl"] < BUDGET

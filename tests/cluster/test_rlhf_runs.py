@@ -213,6 +213,7 @@ def test_an_epoch_that_ends_early_is_saved(folder: Path, local_ray: None) -> Non
     assert store.exists("model/config.json")
 
 
+@pytest.mark.full
 def test_it_learns_what_is_rewarded(folder: Path, local_ray: None) -> None:
     """Small letters, a tenth of what a random model writes: by a standard deviation of the first answers' scores at least."""
     train = {"max_steps": 25, "learning_rate": 1e-2, "lr_scheduler": "constant", "global_batch_size": 8}
