@@ -3,7 +3,7 @@
     {"kind": "trial", "event", "trial", ...}, and by event
     proposed  values                                       written before the trial starts
     segment   run, values, forked_from, reason             a run of the trial begins; forked_from: {trial, run, step} or null
-    waiting   reason
+    waiting   reason                                       for room, to be compared, or for more of a budget that is spent
     running
     report    run, step, metrics, gpu_hours, cpu_hours, seconds      one evaluation; cumulative for the trial
     ended     status, code, reason, step                   status: done, stopped or failed

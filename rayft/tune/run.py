@@ -229,6 +229,8 @@ class Search:
                 book.tell({"event": "again", "trial": state.trial, "reason": reason})
         self.spending = Spending(self.tune, book.seconds_before(), book.states)
         self._leaving, self._left_at = "", 0.0
+        #: Which budget is spent; the trials that it leaves unfinished go on when the search is given more.
+        self._spent = ""
         self._prepare()
 
     def _prepare(self) -> None:
@@ -286,9 +288,11 @@ class Search:
                 if self.kept.fatal is not None:
                     self.leave(self.kept.fatal.message)
                 elif not self._leaving and (spent := self.spending.over()):
-                    self.kept.budget = spent
+                    self._spent = spent
                     self.leave(spent)
             table.show(self.book.states())
+        if not self._leaving:  # the trials may have heard of a spent budget first
+            self._spent = self.spending.over()
         return error[0] if error else None
 
     def _conclude(self, error: BaseException | None) -> None:
@@ -297,11 +301,10 @@ class Search:
             raise self.kept.fatal
         if error is not None:
             raise error
-        if self.kept.budget:
+        if self._spent:
             for state in self.book.states().values():
                 if not state.ended:
-                    stopped = {"status": "stopped", "code": 0, "reason": self.kept.budget, "step": state.step}
-                    self.book.tell({"event": "ended", "trial": state.trial, **stopped})
+                    self.book.tell({"event": "waiting", "trial": state.trial, "reason": self._spent})
         elif self._leaving:
             states = self.book.states().values()
             ended = sum(state.ended for state in states)

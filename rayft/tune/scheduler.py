@@ -51,11 +51,11 @@ class Kept(TrialScheduler):  # type: ignore[misc]
         self._ended = {name for name, state in states.items() if state.ended}
         self._running: set[str] = set()
         self._added: set[str] = set()
+        #: Trials that a spent budget stopped before their end.
+        self._left: set[str] = set()
         self._depth = 0
         #: What makes going on pointless, found while trials run.
         self.fatal: RayftError | None = None
-        #: Which budget is spent; trials that leave for that are over.
-        self.budget = ""
         self._replay()
 
     def under_way(self) -> bool:
@@ -99,8 +99,9 @@ class Kept(TrialScheduler):  # type: ignore[misc]
         if not again:
             self._report(trial, result)
             self._refuse_missing(result)
-        if reason := self._over():
-            self._end(trial, "stopped", 0, reason, step)
+        if self._over():
+            # It is saved, and not over: what a spent budget leaves unfinished goes on when the search is given more.
+            self._left.add(trial.trial_id)
             return str(TrialScheduler.STOP)
         if again or self.fatal is not None or number(result.get(self.tune.aims[0].metric)) is None:
             return str(TrialScheduler.CONTINUE)
@@ -116,11 +117,8 @@ class Kept(TrialScheduler):  # type: ignore[misc]
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """Called by Ray Tune with a trial's last report, and for one that was stopped."""
         self._running.discard(trial.trial_id)
-        if result.get("left"):
-            # What other trials are compared with stays as it is: this one goes on later, unless a budget is spent.
-            if self.budget:
-                self._end(trial, "stopped", 0, self.budget, self._last_step(trial.trial_id))
-            return
+        if result.get("left") or trial.trial_id in self._left:
+            return  # what other trials are compared with stays as it is: this one goes on later
         if "fatal_reason" in result:
             error = {JobError.code: JobError, DataError.code: DataError}.get(
                 int(result["fatal_code"]), StorageError

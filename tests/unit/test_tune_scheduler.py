@@ -98,14 +98,20 @@ def test_a_trial_that_failed_ends_with_its_code_and_what_it_spent() -> None:
     assert (state.seconds, state.curve, one.kept.fatal) == (18.0, [], None)
 
 
-def test_a_spent_budget_stops_a_trial_at_its_next_report() -> None:
+def test_a_spent_budget_stops_a_trial_at_its_next_report_and_does_not_end_it() -> None:
+    """The report is kept, and nothing is decided by it: that is for the search that is given more."""
     spent = ""
     one = driver(over=lambda: spent)
     one.add("t0000")
     assert one.report("t0000", 4, 1.0) == CONTINUE
     spent = "budget of 60 s is spent"
     assert one.report("t0000", 8, 1.0) == STOP
-    assert (one.rows[-1]["status"], one.rows[-1]["reason"], one.rows[-1]["step"]) == ("stopped", spent, 8)
+    assert not trials_of(one.rows)["t0000"].ended
+    assert (one.written("report")[-1], one.written("ended")) == (("t0000", "report", 8), [])
+    assert not one.kept.under_way()
+    again = driver(one.rows)
+    again.add("t0000")
+    assert again.report("t0000", 12, 1.0) == CONTINUE
 
 
 # -- metrics that are not there --------------------------------------------------------------------------------------
