@@ -43,6 +43,8 @@ OF_THE_STATE = re.compile(
     r"|rewards\.\d+\.(name|type|path))(\.|$)"
     r"|(adapter|train|reward|rl|rollout|rewards(\.\d+)?)$"
 )
+#: Further ones where answers are drawn ahead (rollout.lag): those for the step after a checkpoint are there already.
+SAME_WITH_LAG = ("train.global_batch_size", "rl.num_generations", "rollout.temperature", "rollout.top_p")
 #: Parts of each dimension's probability at which its values are tried: the ends, and points that no rule is made for.
 ENDS_AND_BETWEEN = (0.0, 1.0, 0.381966, 0.618034)
 
@@ -363,6 +365,8 @@ def _scheduler_agrees(job: Job, tune: Tune) -> None:
         )
     if tune.scheduler == "hyperband" and not job.train.max_steps:
         raise ValueError("tune.scheduler hyperband divides the length of a run; set train.max_steps")
+    if tune.scheduler in FORKING:
+        _forks_agree(job, tune)
     for name in ("grace_steps", "perturb_steps"):
         steps = getattr(tune, name)
         if steps and steps < every:
@@ -378,3 +382,19 @@ def _scheduler_agrees(job: Job, tune: Tune) -> None:
             raise ValueError(
                 f"tune.{name} {steps} leaves nothing of the run's train.max_steps {job.train.max_steps}"
             )
+
+
+def _forks_agree(job: Job, tune: Tune) -> None:
+    """Raise ValueError where a trial that goes on from another's state could not do so, or would not report what is asked for."""
+    if ahead := [key for key in tune.space if job.rollout.lag and key in SAME_WITH_LAG]:
+        raise ValueError(
+            f"tune.space: {ahead[0]} cannot be changed by the scheduler {tune.scheduler} under rollout.lag {job.rollout.lag}: a "
+            "trial goes on with answers that were drawn ahead under the other's value; set rollout.lag to 0"
+        )
+    asking = [key for key in tune.space if key.split(".")[0] in ("rewards", "rollout")]
+    rates = [name for name in (tune.metric or "", *tune.constraints) if name.startswith("eval.win_rate/")]
+    if asking and rates:
+        raise ValueError(
+            f"tune: {rates[0]} is against the answers before training, which a trial that goes on from another's state has only "
+            f"where it asks and scores alike; leave {asking[0]} out of tune.space, or use eval.score"
+        )
