@@ -63,7 +63,7 @@ class TrialState:
     """A trial as the ledger knows it.
 
     values: the sampled ones of its newest segment. curve: reports that count, by step. step: the furthest one reported.
-    gpu_hours, cpu_hours, seconds: all that was spent on it, void reports included. code: exit code of its end, or None.
+    gpu_hours, cpu_hours, seconds: all that was spent on it while it held workers, void reports included. code: exit code of its end, or None.
     spent: step -> (GPU-hours, CPU-hours) at its report. places: step -> where in the ledger its report stands, to put those of
     several trials in order. began, changed: seconds since 1970 of its first and last row.
     """

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ FIXED = {
     "eval": "trials measured differently cannot be compared",
     "data.eval": "trials measured differently cannot be compared",
 }
+#: Combinations of values for which `jobs_over` makes a job at most.
+MOST_COMBINATIONS = 500
 #: Keys that stay as they are in a run that goes on from another's state: they make that state, its data or its length.
 OF_THE_STATE = re.compile(
     r"(method|seed|model|data|cluster|zero|deepspeed|placement|log|reward\.heads"
@@ -135,6 +138,22 @@ def jobs_of_lists(job: Job) -> Iterator[tuple[str, Job]]:
                         with_values(job, conditions.complete({**conditions.required(key), key: value}, part)),
                     )
                     break
+
+
+def jobs_over(job: Job, keys: re.Pattern[str]) -> list[Job]:
+    """Trials' jobs with every combination of the tried values of the searched keys that match, as far as some values of the
+    others go with it; one job where no such key is searched."""
+    conditions = Conditions(job)
+    searched = [key for key in conditions.order if keys.match(key)]
+    found = []
+    every = itertools.product(*(_tried(conditions.space[key]) for key in searched))
+    for values in itertools.islice(every, MOST_COMBINATIONS):
+        chosen = dict(zip(searched, values, strict=True))
+        for part in ENDS_AND_BETWEEN:
+            with contextlib.suppress(JobError):
+                found.append(with_values(job, conditions.complete(chosen, part)))
+                break
+    return found or [job]
 
 
 def _keys_may_change(tune: Tune) -> None:

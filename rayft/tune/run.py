@@ -38,13 +38,13 @@ from rayft.tune.algorithm import Proposals
 from rayft.tune.answers import answer
 from rayft.tune.book import Book
 from rayft.tune.budget import Spending
-from rayft.tune.capacity import refuse_no_trial
 from rayft.tune.desk import start_desk
 from rayft.tune.history import NOT_ITS_OWN
 from rayft.tune.page import write_page
 from rayft.tune.propose import proposer_of, refuse_missing_packages
 from rayft.tune.scheduler import Kept
 from rayft.tune.schedulers import POPULATIONS, make_scheduler, turn_of
+from rayft.tune.share import refuse_no_trial
 from rayft.tune.space import Space
 from rayft.tune.table import SearchTable
 from rayft.tune.trackers import close_parent, open_parent
