@@ -159,9 +159,8 @@ class Desk:
         give_back_leftovers()
         free = free_now()
         for slot in self._slots.values():
-            if (
-                not slot.placed
-            ):  # preparing may take long; what the books show already is taken twice until its run begins
+            if not slot.placed:
+                # Preparing may take long. What the books show already is taken twice until its run has begun.
                 _take(slot.size.bundles, free)
         if not trials_that_fit(bundles, free):
             there = amounts(

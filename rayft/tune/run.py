@@ -38,8 +38,8 @@ from rayft.tune.algorithm import Proposals
 from rayft.tune.answers import answer
 from rayft.tune.book import Book
 from rayft.tune.budget import Spending
+from rayft.tune.choose import NOT_ITS_OWN
 from rayft.tune.desk import start_desk
-from rayft.tune.history import NOT_ITS_OWN
 from rayft.tune.page import write_page
 from rayft.tune.propose import proposer_of, refuse_missing_packages
 from rayft.tune.scheduler import Kept
