@@ -192,6 +192,10 @@ def test_a_search_whose_budget_is_spent_answers_and_goes_on_with_more(
     assert curve_of(trials["t0001"])[0] == curve_of(first["t0001"])[0]
     for event in ("proposed", "segment", "ended"):
         assert [row["trial"] for row in rows_of(uri, event)] == sorted(trials)
+    for trial in trials.values():  # of one worker with one CPU
+        assert trial.seconds > 0
+        assert trial.cpu_hours * 3600 == pytest.approx(trial.seconds)
+
     job = load_job(uri / "job.yaml", [])
     before = [state for name, state in trials.items() if name != "t0004"]
     assert trials["t0004"].values == proposer_of(job).propose(4, history_of(job, before))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rayft.report.log import Row
 from rayft.tune.held import Held
+from rayft.tune.segment import Segment, trial_job
+from tests.ledgers import search_job
 
 GPUS = {"CPU": 4.0, "GPU": 2.0}
 
@@ -59,3 +63,20 @@ def test_roles_that_wait_for_room() -> None:
         event(10800, "end", code=0),
     )
     assert held.spent(20000)["seconds"] == 3600 + 1800
+
+
+def test_a_trial_is_charged_for_all_its_runs(tmp_path: Path) -> None:
+    """What earlier ones held, and of this one nothing before it has workers and nothing after its end."""
+    search = search_job().model_copy(update={"storage": str(tmp_path)})
+    before = {"gpu_hours": 0.5, "cpu_hours": 1.5, "seconds": 60.0}
+    job = trial_job(search, "sweep-t0003", {"train.learning_rate": 1e-4, "adapter.lora_r": 4}, None)
+    segment = Segment(job, "sweep-t0003", 0, before, gated=False)
+    rows = [[event(0, "open")], [event(100, "start", devices=GPUS), event(1900, "end", code=0)]]
+    alive = True
+    segment._link = SimpleNamespace(rows=lambda seconds: rows.pop(0))  # type: ignore[assignment]
+    segment._thread = SimpleNamespace(is_alive=lambda: alive)  # type: ignore[assignment]
+    assert segment.listen(0) is None
+    assert segment.spent() == before
+    alive = False
+    segment.listen(0)
+    assert segment.spent() == {"gpu_hours": 1.5, "cpu_hours": 3.5, "seconds": 1860}
