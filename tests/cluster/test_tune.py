@@ -170,21 +170,22 @@ def test_a_search_whose_budget_is_spent_answers_and_goes_on_with_more(
         "num_trials": 5,
         "max_concurrent": 1,
     }
-    train = {"max_steps": 4, "warmup_steps": 0}
+    # of the first four trials, whose values are random, two are without a decay_ratio
+    groups = {"train": {"max_steps": 4, "warmup_steps": 0}, "seed": 1}
 
     def clock() -> float:
         return 1e6 if any(row["trial"] == "t0001" for row in rows_of(uri, "report")) else 0.0
 
     with monkeypatch.context() as patched:
         patched.setattr(budget, "time", SimpleNamespace(monotonic=clock))
-        assert search(folder, "budget", {**tune, "time_budget_s": 1e5}, train=train) == 0
+        assert search(folder, "budget", {**tune, "time_budget_s": 1e5}, **groups) == 0
     first = trials_in(uri)
     assert (first["t0000"].status, len(first)) == ("done", 2)
     assert (first["t0001"].status, first["t0001"].reason) == ("waiting", "budget of 100000 s is spent")
     said = capsys.readouterr().out
     assert "Best: t0000" in said
 
-    assert search(folder, "budget", {**tune, "time_budget_s": 1e7}, train=train) == 0
+    assert search(folder, "budget", {**tune, "time_budget_s": 1e7}, **groups) == 0
     trials = trials_in(uri)
     assert len(trials) == 5
     assert {trial.status for trial in trials.values()} <= {"done", "stopped"}
