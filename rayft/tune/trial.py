@@ -101,6 +101,8 @@ class TrialRun(Trainable):  # type: ignore[misc]
         try:
             return self._next_report()
         except Leaving as leaving:
+            if self._under_way is not None:
+                self._tell_spent(self._under_way)
             self.cleanup()
             return {"left": str(leaving), "done": True}
 

@@ -101,6 +101,21 @@ def test_what_a_trial_spends_is_told_between_reports(monkeypatch: pytest.MonkeyP
     assert told == [("tell", {"event": "spent", "trial": "t0003", "gpu_hours": 2.5})]
 
 
+def test_what_a_trial_spent_is_known_when_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    driven = trial.TrialRun.__new__(trial.TrialRun)
+    driven.trial, driven._token = "t0003", ""
+    driven._under_way = SimpleNamespace(spent=lambda: {"gpu_hours": 2.5}, leave=lambda reason: None)  # type: ignore[assignment]
+
+    def leave() -> None:
+        raise trial.Leaving("SIGTERM")
+
+    monkeypatch.setattr(driven, "_next_report", leave, raising=False)
+    monkeypatch.setattr(driven, "_ask", lambda *call: asked.append(call), raising=False)
+    assert driven.step() == {"left": "SIGTERM", "done": True}
+    assert asked[0] == ("tell", {"event": "spent", "trial": "t0003", "gpu_hours": 2.5})
+
+
 @pytest.mark.parametrize(
     ("error", "ran", "failed"),
     [(ResourceError, False, False), (ResourceError, True, True), (trial.NeverFits, False, True)],
