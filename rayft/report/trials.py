@@ -3,7 +3,7 @@
     {"kind": "trial", "event", "trial", ...}, and by event
     proposed  values                                       written before the trial starts
     segment   run, values, forked_from, reason             a run of the trial begins; forked_from: {trial, run, step} or null
-    waiting   reason
+    waiting   reason                                       for room, to be compared, or for more of a budget that is spent
     running
     report    run, step, metrics, gpu_hours, cpu_hours, seconds      one evaluation; cumulative for the trial
     ended     status, code, reason, step                   status: done, stopped or failed
@@ -63,7 +63,7 @@ class TrialState:
     """A trial as the ledger knows it.
 
     values: the sampled ones of its newest segment. curve: reports that count, by step. step: the furthest one reported.
-    gpu_hours, cpu_hours, seconds: all that was spent on it, void reports included. code: exit code of its end, or None.
+    gpu_hours, cpu_hours, seconds: all that was spent on it while it held workers, void reports included. code: exit code of its end, or None.
     spent: step -> (GPU-hours, CPU-hours) at its report. places: step -> where in the ledger its report stands, to put those of
     several trials in order. began, changed: seconds since 1970 of its first and last row.
     """

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ FIXED = {
     "eval": "trials measured differently cannot be compared",
     "data.eval": "trials measured differently cannot be compared",
 }
+#: Combinations of values for which `jobs_over` makes a job at most.
+MOST_COMBINATIONS = 500
 #: Keys that stay as they are in a run that goes on from another's state: they make that state, its data or its length.
 OF_THE_STATE = re.compile(
     r"(method|seed|model|data|cluster|zero|deepspeed|placement|log|reward\.heads"
@@ -43,6 +46,8 @@ OF_THE_STATE = re.compile(
     r"|rewards\.\d+\.(name|type|path))(\.|$)"
     r"|(adapter|train|reward|rl|rollout|rewards(\.\d+)?)$"
 )
+#: Further ones where answers are drawn ahead (rollout.lag): those for the step after a checkpoint are there already.
+SAME_WITH_LAG = ("train.global_batch_size", "rl.num_generations", "rollout.temperature", "rollout.top_p")
 #: Parts of each dimension's probability at which its values are tried: the ends, and points that no rule is made for.
 ENDS_AND_BETWEEN = (0.0, 1.0, 0.381966, 0.618034)
 
@@ -133,6 +138,22 @@ def jobs_of_lists(job: Job) -> Iterator[tuple[str, Job]]:
                         with_values(job, conditions.complete({**conditions.required(key), key: value}, part)),
                     )
                     break
+
+
+def jobs_over(job: Job, keys: re.Pattern[str]) -> list[Job]:
+    """Trials' jobs with every combination of the tried values of the searched keys that match, as far as some values of the
+    others go with it; one job where no such key is searched."""
+    conditions = Conditions(job)
+    searched = [key for key in conditions.order if keys.match(key)]
+    found = []
+    every = itertools.product(*(_tried(conditions.space[key]) for key in searched))
+    for values in itertools.islice(every, MOST_COMBINATIONS):
+        chosen = dict(zip(searched, values, strict=True))
+        for part in ENDS_AND_BETWEEN:
+            with contextlib.suppress(JobError):
+                found.append(with_values(job, conditions.complete(chosen, part)))
+                break
+    return found or [job]
 
 
 def _keys_may_change(tune: Tune) -> None:
@@ -363,6 +384,8 @@ def _scheduler_agrees(job: Job, tune: Tune) -> None:
         )
     if tune.scheduler == "hyperband" and not job.train.max_steps:
         raise ValueError("tune.scheduler hyperband divides the length of a run; set train.max_steps")
+    if tune.scheduler in FORKING:
+        _forks_agree(job, tune)
     for name in ("grace_steps", "perturb_steps"):
         steps = getattr(tune, name)
         if steps and steps < every:
@@ -378,3 +401,19 @@ def _scheduler_agrees(job: Job, tune: Tune) -> None:
             raise ValueError(
                 f"tune.{name} {steps} leaves nothing of the run's train.max_steps {job.train.max_steps}"
             )
+
+
+def _forks_agree(job: Job, tune: Tune) -> None:
+    """Raise ValueError where a trial that goes on from another's state could not do so, or would not report what is asked for."""
+    if ahead := [key for key in tune.space if job.rollout.lag and key in SAME_WITH_LAG]:
+        raise ValueError(
+            f"tune.space: {ahead[0]} cannot be changed by the scheduler {tune.scheduler} under rollout.lag {job.rollout.lag}: a "
+            "trial goes on with answers that were drawn ahead under the other's value; set rollout.lag to 0"
+        )
+    asking = [key for key in tune.space if key.split(".")[0] in ("rewards", "rollout")]
+    rates = [name for name in (tune.metric or "", *tune.constraints) if name.startswith("eval.win_rate/")]
+    if asking and rates:
+        raise ValueError(
+            f"tune: {rates[0]} is against the answers before training, which a trial that goes on from another's state has only "
+            f"where it asks and scores alike; leave {asking[0]} out of tune.space, or use eval.score"
+        )

@@ -17,6 +17,7 @@ from rayft.checkpoint.survey import survey
 from rayft.errors import JobError, StorageError
 from rayft.report.lineage import read_lineage, write_lineage
 from rayft.spec import Job
+from rayft.spec.search import SAME_WITH_LAG
 from rayft.storage import ObjectNotFound, Store, open_store
 from rayft.train.finish import job_of_run
 from rayft.train.history import identities
@@ -47,8 +48,6 @@ SAME_KEYS = (
     "rl.critic",
     "rollout.lag",
 )
-#: With answers that are drawn ahead, those for the step after the checkpoint are there already.
-SAME_WITH_LAG = ("train.global_batch_size", "rl.num_generations", "rollout.temperature", "rollout.top_p")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ray.tune.search.search_algorithm import SearchAlgorithm
 from rayft.report.trials import TrialState
 from rayft.spec import Job
 from rayft.tune.budget import Spending
-from rayft.tune.capacity import bundles_of
+from rayft.tune.capacity import sizes_of
 from rayft.tune.history import history_of
 from rayft.tune.propose import Proposer
 from rayft.tune.space import Space, job_of
@@ -55,6 +55,7 @@ class Proposals(SearchAlgorithm):  # type: ignore[misc]
         self._number, self._total = len(before), Space(job).trials
         self._live: set[str] = set()
         self._asked, self._room = 0.0, 0
+        self._least = sizes_of(job)[0]  # what a trial's own values ask for counts when it asks for its slot
         self.leaving: Callable[[], bool] = lambda: False
 
     @property
@@ -127,5 +128,5 @@ class Proposals(SearchAlgorithm):  # type: ignore[misc]
         """How many trials may be under way: as many as there is room for, and at least one, which may wait."""
         if time.monotonic() - self._asked > ROOM_EVERY_S:
             self._asked = time.monotonic()
-            self._room = ray.get(self._desk.room.remote(bundles_of(self.job)), timeout=ASK_TIMEOUT_S)
+            self._room = ray.get(self._desk.room.remote(self._least), timeout=ASK_TIMEOUT_S)
         return max(1, self._room)

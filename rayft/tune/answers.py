@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.syntax import Syntax
 
-from rayft.errors import JobError, RayftError
+from rayft.errors import RayftError
 from rayft.report.log import read_all
 from rayft.report.trials import trials_of
 from rayft.spec import Job
@@ -22,8 +22,8 @@ WIDE = 160
 def answer(store: Store, search: Job, console: Console, *, export: bool = True) -> Choice:
     """Write best.yaml, model/ and report.html of the search folder `store`, and show them. search: its job.
 
-    Raises JobError where there is no best trial: no metric, or no trial that meets the constraints. The page is written then
-    too, and says so. A model that cannot be exported is told, and does not take the other answers away.
+    Raises what `choose` raises where there is no best trial. The page is written then too, and says so. A model that cannot be
+    exported is told, and does not take the other answers away.
     """
     assert search.tune is not None, "a search has a group `tune`"
     if not console.is_terminal:
@@ -32,7 +32,7 @@ def answer(store: Store, search: Job, console: Console, *, export: bool = True) 
     console.print(trials_table(trials, search.tune.aims))
     try:
         choice = choose(trials, search.tune.aims, search.tune.constraints)
-    except JobError:
+    except RayftError:
         write_page(store, search)
         console.print(f"Report: {store.where(PAGE)}", soft_wrap=True, highlight=False)
         raise

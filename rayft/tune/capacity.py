@@ -6,27 +6,58 @@ Tune cannot count is counted here, before a trial may start.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from rayft.errors import ResourceError
 from rayft.rlhf.placement import table_of
 from rayft.spec import Job
-from rayft.train.cluster import amounts, may_grow, worker_resources
+from rayft.spec.search import jobs_over
+from rayft.train.cluster import worker_resources
 
 Resources = dict[str, float]
 #: What trials ask for; other resources of a node are not theirs.
 COUNTED = ("CPU", "GPU")
+#: What trials that ask for nothing are counted up to.
+MOST = 10_000
+#: Keys that decide what a trial asks for.
+OF_THE_SIZE = re.compile(r"(method|cluster|placement|rollout|rewards|rl)(\.|$)")
 
 
-def bundles_of(job: Job) -> list[Resources]:
-    """What each of a trial's processes occupies; of an elastic trial those of its least size."""
+@dataclass(frozen=True)
+class Size:
+    """What a trial asks for. bundles: of each of its processes, of an elastic trial those of its least size. most: all that it may
+    come to hold."""
+
+    bundles: list[Resources]
+    most: Resources
+
+
+def size_of(job: Job) -> Size:
+    """What a trial of this job asks for."""
     if job.reinforced:
         table = table_of(job, critic=bool(job.rl.critic), reference=job.reference == "group")
-        return [dict(need) for _, need in table.bundles]
-    return [worker_resources(job.cluster)] * job.cluster.min_workers
+        bundles = [dict(need) for _, need in table.bundles]
+        return Size(bundles, total_of(bundles))
+    worker = worker_resources(job.cluster)
+    return Size([worker] * job.cluster.min_workers, total_of([worker] * job.cluster.max_workers))
+
+
+def sizes_of(search: Job) -> list[Size]:
+    """What trials of a search ask for, by the values of its space, the least first."""
+    found: list[Size] = []
+    for job in jobs_over(search, OF_THE_SIZE):
+        size = size_of(job)
+        found += [] if size in found else [size]
+
+    def devices(size: Size) -> list[float]:
+        least = total_of(size.bundles)
+        return [one.get(name, 0.0) for one in (least, size.most) for name in ("GPU", "CPU")]
+
+    return sorted(found, key=devices)
 
 
 def total_of(bundles: Iterable[Resources]) -> Resources:
@@ -38,23 +69,15 @@ def total_of(bundles: Iterable[Resources]) -> Resources:
     return total
 
 
-def trials_that_fit(
-    bundles: list[Resources], nodes: Iterable[Mapping[str, float]], share: float = 1.0
-) -> int:
-    """How many trials of such bundles fit on nodes (resources of each) at once, within a share of all their resources.
+def trials_that_fit(bundles: list[Resources], nodes: Iterable[Mapping[str, float]]) -> int:
+    """How many trials of such bundles fit on nodes (resources of each) at once.
 
     Bundles are laid first fit, largest first, as Ray packs them; a bundle lies on one node, a trial's on any.
     """
     free = [dict(node) for node in nodes]
-    granted = {name: share * sum(node.get(name, 0.0) for node in free) for name in COUNTED}
-    need = total_of(bundles)
     count = 0
-    while all(granted[name] + 1e-9 >= (count + 1) * need.get(name, 0.0) for name in COUNTED):
-        if not _lay(bundles, free):
-            break
+    while count < MOST and _lay(bundles, free):
         count += 1
-        if count >= 10_000:  # a trial that asks for nothing
-            break
     return count
 
 
@@ -94,21 +117,3 @@ def free_now() -> list[Resources]:
 
     found: dict[str, dict[str, Any]] = available_resources_per_node()
     return [{name: float(amount) for name, amount in node.items()} for node in found.values()]
-
-
-def refuse_no_trial(job: Job, share: float) -> None:
-    """Raise ResourceError, with the arithmetic, where not even one trial fits the cluster or the share of it."""
-    if may_grow():
-        return
-    bundles, nodes = bundles_of(job), nodes_now()
-    if trials_that_fit(bundles, nodes, share):
-        return
-    asked = f"a trial asks for {len(bundles)} x {amounts(bundles[0])}"
-    if len({tuple(sorted(bundle.items())) for bundle in bundles}) > 1:
-        asked = f"a trial asks for {amounts(total_of(bundles))} in {len(bundles)} processes"
-    there = "; ".join(amounts({name: node.get(name, 0.0) for name in COUNTED}) for node in nodes)
-    of_it = f", and tune.share grants {share:g} of it" if share < 1 else ""
-    raise ResourceError(
-        f"No trial fits: {asked}; the cluster's nodes have {there}{of_it}.",
-        "Ask for fewer workers or less per worker (cluster, placement), raise tune.share, or add nodes.",
-    )

@@ -15,12 +15,16 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rayft.errors import JobError
+from rayft.errors import JobError, RayftError, ResourceError, StorageError, WorkerError
 from rayft.report.trials import TrialState, number
 from rayft.spec.tune import Bound, Objective
 
 #: Metrics that every trial has, by what it used.
 USED = ("gpu_hours", "cpu_hours", "seconds")
+#: Failures that say nothing of a trial's values, the machines' own: code -> error.
+NOT_ITS_OWN: dict[int, type[RayftError]] = {
+    error.code: error for error in (ResourceError, StorageError, WorkerError)
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Choice:
 def choose(
     trials: Mapping[str, TrialState], objectives: Sequence[Objective], constraints: Mapping[str, Bound]
 ) -> Choice:
-    """The best of the trials. Raises JobError where no trial has the metrics, or none meets the constraints."""
+    """The best of the trials. Raises JobError where no trial has the metrics, or none meets the constraints, and the machines' error
+    where they failed all of them."""
     wanted = [*(aim.metric for aim in objectives), *constraints]
     out = {name: why for name, trial in trials.items() if (why := _cannot_count(trial, wanted))}
     counted = [trial for name, trial in trials.items() if name not in out]
@@ -128,7 +133,13 @@ def _cannot_count(trial: TrialState, wanted: Sequence[str]) -> str:
 
 def _nothing_reported(
     trials: Mapping[str, TrialState], wanted: Sequence[str], out: Mapping[str, str]
-) -> JobError:
+) -> RayftError:
+    if trials and all(trial.status == "failed" and trial.code in NOT_ITS_OWN for trial in trials.values()):
+        name, trial = next(iter(trials.items()))
+        return NOT_ITS_OWN[trial.code or 0](
+            f"All {len(trials)} trials were lost to the machines, and none to its values; {name}: {trial.reason.rstrip('.')}.",
+            "See to that, and start the search again under the same name: they are tried once more.",
+        )
     names = metrics_reported(trials)
     missing = [metric for metric in wanted if metric not in names and metric not in USED]
     if missing and names:

@@ -5,7 +5,7 @@
                    report (its start is not in it), where it has two; else of all trials together
     wall-clock   = sum over drivers of (last row - first row): what lay between two of them is nobody's time
 
-A trial that failed saved nothing, for it gave no answer, and neither did one that was cut off because a budget was spent.
+A trial that failed saved nothing, for it gave no answer, and neither did one that a spent budget left unfinished: it may go on.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from dataclasses import dataclass
 
 from rayft.report.log import Row
 from rayft.report.trials import TrialState
-
-#: How the reason of a trial begins that was stopped because time, trials or GPU-hours of the search were spent.
-BUDGET = "budget"
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def cost_of(trials: Mapping[str, TrialState], rows: Sequence[Row], max_steps: in
     unit = unit_of(every)
     hours, steps = sum(hours_of(trial, unit) for trial in every), sum(trial.step for trial in every)
     whole = max_steps or max((trial.step for trial in every if trial.status == "done"), default=0)
-    stopped = [trial for trial in every if trial.status == "stopped" and not trial.reason.startswith(BUDGET)]
+    stopped = [trial for trial in every if trial.status == "stopped"]
     saved = {trial.trial: max(0, whole - trial.step) for trial in stopped}
     average = hours / steps if steps else 0.0
     return Cost(

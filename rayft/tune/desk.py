@@ -13,13 +13,14 @@ from typing import Any
 import ray
 
 from rayft.report.log import Row
-from rayft.train.cluster import amounts, may_grow
-from rayft.tune.capacity import Resources, free_now, nodes_now, total_of, trials_that_fit
+from rayft.train.cluster import amounts
+from rayft.tune.capacity import Resources, Size, free_now, trials_that_fit
 from rayft.tune.leftover import give_back_leftovers
+from rayft.tune.share import Fleet, fleet_now
 
 ASK_TIMEOUT_S = 600.0  # a flush to S3 is tried again for minutes
-#: Seconds for which a slot that was granted counts as taken although the cluster's books do not show its workers yet.
-PLACING_S = 20.0
+#: A trial that has not asked for so long wants no slot any more.
+ASKING_S = 20.0
 #: The nodes there are need not be counted at every question.
 COUNT_EVERY_S = 2.0
 #: How the reason begins where the cluster is too small for a trial: nodes were lost, or its values ask for too much.
@@ -28,10 +29,10 @@ MORE_NODES = "more nodes"
 
 @dataclass
 class Slot:
-    """A trial that may hold workers. granted: when; placed: whether its workers have been seen; hoping: whether it waits for nodes."""
+    """A trial that may hold workers. placed: whether its run has begun, so that the cluster's books show them; hoping: whether it
+    waits for nodes."""
 
-    bundles: list[Resources]
-    granted: float
+    size: Size
     placed: bool = False
     hoping: bool = False
 
@@ -40,7 +41,7 @@ class Slot:
 class Waiter:
     """A trial that wants a slot. seen: when it last asked."""
 
-    bundles: list[Resources]
+    size: Size
     seen: float
 
 
@@ -72,25 +73,26 @@ class Desk:
             self._tokens[trial] = token
             give_back_leftovers()
 
-    def ask_slot(self, trial: str, bundles: list[Resources]) -> str:
+    def ask_slot(self, trial: str, size: Size) -> str:
         """ "" where the trial may start its workers now; else what it waits for."""
         if self.stopping:
             return self.stopping
         if trial in self._slots:
             return ""
         now = time.monotonic()
-        waiter = self._waiters.setdefault(trial, Waiter(bundles, now))
-        waiter.bundles, waiter.seen = bundles, now
-        self._waiters = {name: one for name, one in self._waiters.items() if now - one.seen < PLACING_S}
-        reason = self._missing(trial, bundles)
+        waiter = self._waiters.setdefault(trial, Waiter(size, now))
+        waiter.size, waiter.seen = size, now
+        self._waiters = {name: one for name, one in self._waiters.items() if now - one.seen < ASKING_S}
+        fleet = fleet_now()
+        reason = self._missing(trial, size, fleet)
         if reason:
             if self._reasons.get(trial) != reason:
                 self._reasons[trial] = reason
                 self._tell({"event": "waiting", "trial": trial, "reason": reason})
             return reason
         del self._waiters[trial]
-        need = self._without_room(bundles) if may_grow() else ""
-        self._slots[trial] = Slot(bundles, now, hoping=bool(need))
+        need = self._without_room(size.bundles) if fleet.grows else ""
+        self._slots[trial] = Slot(size, hoping=bool(need))
         self._reasons.pop(trial, None)
         if need:
             # The autoscaler adds nodes only for what is asked of Ray, so the trial asks, and is shown as waiting.
@@ -124,37 +126,31 @@ class Desk:
         """Whether the trial should give its slot to one that waits longer."""
         return self.yielding and trial in self._slots and bool(self._waiters)
 
-    def room(self, bundles: list[Resources]) -> int:
-        """How many trials of such bundles may run at once."""
+    def room(self, size: Size) -> int:
+        """How many trials of such a size may be under way."""
         counted, room = self._room
         if time.monotonic() - counted > COUNT_EVERY_S:
-            room = trials_that_fit(bundles, nodes_now(), self.share)
-            if may_grow():  # what the nodes to come hold is the autoscaler's to say
-                room = max(room, self.max_concurrent or room + 1)
+            room = fleet_now().room(size, self.share)
             self._room = (time.monotonic(), room)
         return min(room, self.max_concurrent or room)
 
-    def _missing(self, trial: str, bundles: list[Resources]) -> str:
-        nodes = nodes_now()
-        if not may_grow() and not trials_that_fit(bundles, nodes, self.share):
-            there = amounts({name: sum(node.get(name, 0.0) for node in nodes) for name in bundles[0]})
-            return f"{MORE_NODES}: {len(bundles)} x {amounts(bundles[0])}, and all there are have {there}"
+    def _missing(self, trial: str, size: Size, fleet: Fleet) -> str:
+        asked = f"{len(size.bundles)} x {amounts(size.bundles[0])}"
+        if not fleet.ever_holds(size, self.share):
+            there = amounts({name: fleet.whole.get(name, 0.0) for name in size.bundles[0]})
+            of_it = f", of which tune.share grants {self.share:g}" if self.share < 1 else ""
+            return f"{MORE_NODES}: {asked}, and all there {'may be' if fleet.grows else 'are'} have {there}{of_it}"
         unfit = {name for name, reason in self._reasons.items() if reason.startswith(MORE_NODES)} - {trial}
         first = next(name for name in self._waiters if name not in unfit)
         if first != trial:
             return f"its turn, after {first}"
         if self.max_concurrent and len(self._slots) >= self.max_concurrent:
             return f"a slot: tune.max_concurrent is {self.max_concurrent}"
-        held = [slot.bundles for slot in self._slots.values()]
-        granted = {name: self.share * sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
-        wanted = total_of([bundle for one in [*held, bundles] for bundle in one])
-        over = [name for name, amount in wanted.items() if name in granted and amount > granted[name] + 1e-9]
-        if over and not may_grow():
-            of_all = f"{granted[over[0]]:g} {over[0]}"
-            return f"{len(bundles)} x {amounts(bundles[0])}: {len(self._slots)} trials hold their part of {of_all}"
-        need = self._without_room(bundles)
+        if of_all := fleet.beyond(size, [slot.size for slot in self._slots.values()], self.share):
+            return f"{asked}: {len(self._slots)} trials hold their part of {of_all}"
+        need = self._without_room(size.bundles)
         coming = next((name for name, slot in self._slots.items() if slot.hoping), "")
-        if may_grow():  # one at a time, so that no more wait for nodes than may come
+        if fleet.grows:  # one at a time, so that no more wait for nodes than may come
             return f"its turn: nodes for {coming} come first" if need and coming else ""
         return need
 
@@ -163,8 +159,9 @@ class Desk:
         give_back_leftovers()
         free = free_now()
         for slot in self._slots.values():
-            if not slot.placed and time.monotonic() - slot.granted < PLACING_S:
-                _take(slot.bundles, free)
+            if not slot.placed:
+                # Preparing may take long. What the books show already is taken twice until its run has begun.
+                _take(slot.size.bundles, free)
         if not trials_that_fit(bundles, free):
             there = amounts(
                 {name: round(sum(node.get(name, 0.0) for node in free), 3) for name in bundles[0]}

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from rayft.errors import ResourceError, StorageError, WorkerError
 from rayft.report.trials import TrialState, number
 from rayft.spec import Job
-from rayft.tune.choose import value_of
+from rayft.tune.choose import NOT_ITS_OWN, value_of
 from rayft.tune.propose import Finished
-
-#: Failures that say nothing of a trial's values: the machines' own.
-NOT_ITS_OWN = (ResourceError.code, StorageError.code, WorkerError.code)
 
 
 def history_of(job: Job, states: Iterable[TrialState]) -> list[Finished]:

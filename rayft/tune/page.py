@@ -10,7 +10,7 @@ from importlib import resources
 
 import yaml
 
-from rayft.errors import EXIT_CODES, JobError
+from rayft.errors import EXIT_CODES, RayftError
 from rayft.report.log import Row, read_all
 from rayft.report.text import count, duration, value
 from rayft.report.trials import STATUSES, TrialState, lineage, trials_of
@@ -73,7 +73,7 @@ def render_page(search: Job, rows: Sequence[Row]) -> str:
     choice, refusal = None, ""
     try:
         choice = choose(trials, tune.aims, tune.constraints)
-    except JobError as error:
+    except RayftError as error:
         refusal = str(error)
     best = choice.trial.trial if choice else None
     scales, colour = scales_of(tune.space, list(trials.values())), colours(trials, tune.aims[0])

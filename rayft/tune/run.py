@@ -38,13 +38,13 @@ from rayft.tune.algorithm import Proposals
 from rayft.tune.answers import answer
 from rayft.tune.book import Book
 from rayft.tune.budget import Spending
-from rayft.tune.capacity import refuse_no_trial
+from rayft.tune.choose import NOT_ITS_OWN
 from rayft.tune.desk import start_desk
-from rayft.tune.history import NOT_ITS_OWN
 from rayft.tune.page import write_page
 from rayft.tune.propose import proposer_of, refuse_missing_packages
 from rayft.tune.scheduler import Kept
 from rayft.tune.schedulers import POPULATIONS, make_scheduler, turn_of
+from rayft.tune.share import refuse_no_trial
 from rayft.tune.space import Space
 from rayft.tune.table import SearchTable
 from rayft.tune.trackers import close_parent, open_parent
@@ -229,6 +229,8 @@ class Search:
                 book.tell({"event": "again", "trial": state.trial, "reason": reason})
         self.spending = Spending(self.tune, book.seconds_before(), book.states)
         self._leaving, self._left_at = "", 0.0
+        #: Which budget is spent; the trials that it leaves unfinished go on when the search is given more.
+        self._spent = ""
         self._prepare()
 
     def _prepare(self) -> None:
@@ -286,9 +288,11 @@ class Search:
                 if self.kept.fatal is not None:
                     self.leave(self.kept.fatal.message)
                 elif not self._leaving and (spent := self.spending.over()):
-                    self.kept.budget = spent
+                    self._spent = spent
                     self.leave(spent)
             table.show(self.book.states())
+        if not self._leaving:  # the trials may have heard of a spent budget first
+            self._spent = self.spending.over()
         return error[0] if error else None
 
     def _conclude(self, error: BaseException | None) -> None:
@@ -297,11 +301,10 @@ class Search:
             raise self.kept.fatal
         if error is not None:
             raise error
-        if self.kept.budget:
+        if self._spent:
             for state in self.book.states().values():
                 if not state.ended:
-                    stopped = {"status": "stopped", "code": 0, "reason": self.kept.budget, "step": state.step}
-                    self.book.tell({"event": "ended", "trial": state.trial, **stopped})
+                    self.book.tell({"event": "waiting", "trial": state.trial, "reason": self._spent})
         elif self._leaving:
             states = self.book.states().values()
             ended = sum(state.ended for state in states)

@@ -3,7 +3,8 @@ new driver's scheduler is first told what the ledger holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -20,6 +21,10 @@ NO_METRICS = (
     "date", "time_this_iter_s", "time_total_s", "pid", "hostname", "node_ip", "time_since_restore", "iterations_since_restore",
     "gpu_hours", "cpu_hours", "seconds", "should_checkpoint", "experiment_tag",
 )  # fmt: skip
+#: Metrics that only a trial's last report has.
+AT_THE_END = ("suite.", "change.")
+#: Keys that decide what a run measures: where they are searched, one trial may report what another does not.
+MEASURES = re.compile(r"(method|dpo|reward|rewards|rl|rollout)(\.|$)")
 
 
 class Kept(TrialScheduler):  # type: ignore[misc]
@@ -49,13 +54,21 @@ class Kept(TrialScheduler):  # type: ignore[misc]
             if segment.reports
         }
         self._ended = {name for name, state in states.items() if state.ended}
+        #: Metrics that any trial has reported.
+        self._known = {
+            metric
+            for state in states.values()
+            for segment in state.segments
+            for metrics in segment.reports.values()
+            for metric in metrics
+        }
         self._running: set[str] = set()
         self._added: set[str] = set()
+        #: Trials that a spent budget stopped before their end.
+        self._left: set[str] = set()
         self._depth = 0
         #: What makes going on pointless, found while trials run.
         self.fatal: RayftError | None = None
-        #: Which budget is spent; trials that leave for that are over.
-        self.budget = ""
         self._replay()
 
     def under_way(self) -> bool:
@@ -98,9 +111,12 @@ class Kept(TrialScheduler):  # type: ignore[misc]
         again = step <= self._told.get((trial.trial_id, str(result["run"])), -1)
         if not again:
             self._report(trial, result)
-            self._refuse_missing(result)
-        if reason := self._over():
-            self._end(trial, "stopped", 0, reason, step)
+            if reason := self._lacks(result):
+                self._end(trial, "failed", JobError.code, reason, step)
+                return str(TrialScheduler.STOP)
+        if self._over():
+            # It is saved, and not over: what a spent budget leaves unfinished goes on when the search is given more.
+            self._left.add(trial.trial_id)
             return str(TrialScheduler.STOP)
         if again or self.fatal is not None or number(result.get(self.tune.aims[0].metric)) is None:
             return str(TrialScheduler.CONTINUE)
@@ -116,11 +132,8 @@ class Kept(TrialScheduler):  # type: ignore[misc]
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """Called by Ray Tune with a trial's last report, and for one that was stopped."""
         self._running.discard(trial.trial_id)
-        if result.get("left"):
-            # What other trials are compared with stays as it is: this one goes on later, unless a budget is spent.
-            if self.budget:
-                self._end(trial, "stopped", 0, self.budget, self._last_step(trial.trial_id))
-            return
+        if result.get("left") or trial.trial_id in self._left:
+            return  # what other trials are compared with stays as it is: this one goes on later
         if "fatal_reason" in result:
             error = {JobError.code: JobError, DataError.code: DataError}.get(
                 int(result["fatal_code"]), StorageError
@@ -135,8 +148,10 @@ class Kept(TrialScheduler):  # type: ignore[misc]
         if trial.trial_id not in self._ended:
             if int(result["step"]) > self._told.get((trial.trial_id, str(result["run"])), -1):
                 self._report(trial, result)
-            self._refuse_missing(result, last=True)
-            self._end(trial, "done", 0, "", int(result["step"]))
+            if reason := self._lacks(result, last=True):
+                self._end(trial, "failed", JobError.code, reason, int(result["step"]))
+            else:
+                self._end(trial, "done", 0, "", int(result["step"]))
         if number(result.get(self.tune.aims[0].metric)) is not None:
             self._ask("on_trial_complete", tune_controller, trial, result)
         else:
@@ -243,6 +258,7 @@ class Kept(TrialScheduler):  # type: ignore[misc]
         spent = {name: result.get(name, 0.0) for name in ("gpu_hours", "cpu_hours", "seconds")}
         row = {"event": "report", "trial": trial.trial_id, "run": result["run"], "step": int(result["step"])}
         self._tell({**row, "metrics": metrics, **spent})
+        self._known |= metrics.keys()
         self._told[(trial.trial_id, str(result["run"]))] = int(result["step"])
 
     def _end(
@@ -266,20 +282,27 @@ class Kept(TrialScheduler):  # type: ignore[misc]
         used = {name: (spent or {}).get(name) for name in ("gpu_hours", "cpu_hours", "seconds")}
         self._tell(row | {name: value for name, value in used.items() if value is not None})
 
-    def _refuse_missing(self, result: dict[str, Any], *, last: bool = False) -> None:
-        """A metric that a report has not ends the search: no other would have it, and nothing could be compared."""
-        wanted: Iterable[str] = [aim.metric for aim in self.tune.aims]
-        for name in wanted:
-            at_the_end = name.startswith(("suite.", "change."))
-            if name in result or (at_the_end and not last):
-                continue
-            known = ", ".join(
-                sorted(key for key in result if key not in NO_METRICS and "/" not in key and "." in key)
-            )
-            self.fatal = self.fatal or JobError(
-                f"tune: no report has the metric {name!r}; the first one has {known or 'none'}.",
-                "Name one of these in tune.metric (or tune.objectives).",
-            )
+    def _lacks(self, result: dict[str, Any], *, last: bool = False) -> str:
+        """Why the trial of this report has failed: it lacks what trials are compared or bounded by; "" where it has all of it.
+
+        Where no trial has ever reported it and none would, since no value of the space decides what is measured, nothing could be
+        compared: that ends the search, and no trial.
+        """
+        wanted = [aim.metric for aim in self.tune.aims if last or not aim.metric.startswith(AT_THE_END)]
+        wanted += [name for name in self.tune.constraints if last or name.startswith("eval.")]
+        missing = next((name for name in wanted if name not in result), "")
+        if not missing or self.fatal is not None:
+            return ""
+        if missing in self._known or any(map(MEASURES.match, self.tune.space)):
+            return f"it reports no {missing}"
+        known = ", ".join(
+            sorted(key for key in result if key not in NO_METRICS and "/" not in key and "." in key)
+        )
+        self.fatal = JobError(
+            f"tune: no report has the metric {missing!r}; the first one has {known or 'none'}.",
+            "Name one of these in tune.metric, tune.objectives and tune.constraints.",
+        )
+        return ""
 
 
 def last_compared(state: TrialState, interval: float) -> int:

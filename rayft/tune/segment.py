@@ -15,10 +15,9 @@ from rayft.report.trials import Fork
 from rayft.spec import Job
 from rayft.spec.tune import FORKING
 from rayft.storage import open_store
-from rayft.train.account import devices_of
 from rayft.train.link import Link
 from rayft.train.run import absolute_uri
-from rayft.tune.capacity import bundles_of, total_of
+from rayft.tune.held import Held
 from rayft.tune.reports import Reports
 from rayft.tune.space import job_of
 from rayft.tune.trackers import trial_log
@@ -38,7 +37,7 @@ class Segment:
         self.reports, self.given = Reports(), given
         self.shares_baseline = self.attempted = self.ran = False
         self._gated, self._over = gated, False
-        self._spent_before, self._began, self._began_at = spent, time.monotonic(), given
+        self._spent_before, self._held, self._began_at = spent, Held(), given
         self._link: Link | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -75,7 +74,7 @@ class Segment:
 
     def start(self) -> None:
         """Drive the run in a thread of its own."""
-        self._began, self._began_at = time.monotonic(), self.given
+        self._began_at = self.given
         link = self._link = Link(gated=self._gated)
         link.release(self.given)
 
@@ -98,6 +97,7 @@ class Segment:
         assert self._thread is not None
         ended = not self._thread.is_alive()
         rows = [] if ended else self._link.rows(seconds)
+        self._held.feed(rows)
         self.attempted |= any(row.get("event") in ("start", "resume") for row in rows)
         self.reports.feed(rows)
         if not ended:
@@ -106,6 +106,7 @@ class Segment:
                 self.given = found[0]
                 return (*found, False)
             return None
+        self._close_account()
         if isinstance(self._error, RayftError):
             raise self._error
         if self._error is not None:
@@ -129,17 +130,18 @@ class Segment:
         if self._thread.is_alive():
             self._link.stop(reason)
             self._thread.join(timeout=LEAVE_S)
+        self._close_account()
 
     def spent(self) -> dict[str, float]:
-        """GPU-hours, CPU-hours and seconds of the trial so far, all its segments together."""
-        seconds = time.monotonic() - self._began if self._thread is not None else 0.0
-        held = total_of(bundles_of(self.job)) or devices_of(self.job, self.job.cluster.min_workers)
-        before = self._spent_before
-        return {
-            "gpu_hours": before["gpu_hours"] + held.get("GPU", 0.0) * seconds / 3600,
-            "cpu_hours": before["cpu_hours"] + held.get("CPU", 0.0) * seconds / 3600,
-            "seconds": before["seconds"] + seconds,
-        }
+        """GPU-hours, CPU-hours and seconds that the trial has held workers so far, all its segments together."""
+        own = self._held.spent(time.time())
+        return {name: self._spent_before[name] + amount for name, amount in own.items()}
+
+    def _close_account(self) -> None:
+        """The run is over: what it still logged, and nothing after, is its own."""
+        if self._link is not None:
+            self._held.feed(self._link.rows(0.0))
+            self._held.close(time.time())
 
     def _read(self) -> None:
         if self.store.exists("job.yaml"):

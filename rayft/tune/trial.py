@@ -26,9 +26,8 @@ from rayft.report.trials import Fork, TrialState, trials_of
 from rayft.report.trials import Segment as Begun
 from rayft.spec import Job
 from rayft.storage import open_store
-from rayft.train.cluster import may_grow
 from rayft.train.run import absolute_uri
-from rayft.tune.capacity import bundles_of
+from rayft.tune.capacity import size_of
 from rayft.tune.common import BASELINE, baseline_key, data_key, give_baseline, keep_baseline, prepare_data
 from rayft.tune.desk import MORE_NODES
 from rayft.tune.segment import Segment, run_name, trial_job
@@ -58,6 +57,10 @@ class About:
 
 class Leaving(Exception):
     """The search ends for now; the trial is not over."""
+
+
+class NeverFits(ResourceError):
+    """The nodes there are, or may come to be, cannot hold the trial."""
 
 
 class Unshared(Exception):
@@ -98,6 +101,8 @@ class TrialRun(Trainable):  # type: ignore[misc]
         try:
             return self._next_report()
         except Leaving as leaving:
+            if self._under_way is not None:
+                self._tell_spent(self._under_way)
             self.cleanup()
             return {"left": str(leaving), "done": True}
 
@@ -150,13 +155,16 @@ class TrialRun(Trainable):  # type: ignore[misc]
             except PreemptedError as error:
                 if self._stopping():
                     raise Leaving(self._stopping()) from error
-                segment = self._anew()  # its nodes go
+                segment = self._anew(segment)  # its nodes go
             except ResourceError as error:
-                if segment.ran or not may_grow():
+                if segment.ran or isinstance(error, NeverFits):
                     return self._failed(segment, error)
-                segment = self._anew()  # the nodes did not come in time
+                # It was granted a slot, so it can fit: others of a shared cluster were faster, or nodes did not come in time.
+                self._ask("tell", {"event": "waiting", "trial": self.trial, "reason": error.message})
+                segment = self._anew(segment)
             except RayftError as error:
                 # By the code: a run whose process was killed after its end says once more how it ended.
+                self._tell_spent(segment)
                 smaller = self._smaller(segment) if error.code == MemoryExceededError.code else None
                 if smaller is None:
                     return self._failed(segment, error)
@@ -166,8 +174,9 @@ class TrialRun(Trainable):  # type: ignore[misc]
         step, numbers, done = report
         return self._result(segment, step, numbers, done=done)
 
-    def _anew(self) -> Segment:
+    def _anew(self, segment: Segment) -> Segment:
         """The same run, to be started again when there is room."""
+        self._tell_spent(segment)
         self._ask("release", self.trial, self._token)
         return self._begin()
 
@@ -187,12 +196,15 @@ class TrialRun(Trainable):  # type: ignore[misc]
                 return report
             if time.monotonic() - told > SPENT_EVERY_S:
                 told = time.monotonic()
-                self._ask("tell", {"event": "spent", "trial": self.trial, **segment.spent()})
+                self._tell_spent(segment)
             if time.monotonic() - looked > LOOK_EVERY_S:
                 looked = time.monotonic()
                 if reason := self._stopping():
                     segment.leave(reason)
                     raise Leaving(reason)
+
+    def _tell_spent(self, segment: Segment) -> None:
+        self._ask("tell", {"event": "spent", "trial": self.trial, **segment.spent()})
 
     def _result(
         self, segment: Segment, step: int, numbers: dict[str, float], *, done: bool
@@ -301,13 +313,13 @@ class TrialRun(Trainable):  # type: ignore[misc]
         if segment.started:
             return
         self._shared(segment)
-        bundles = bundles_of(segment.job)
+        size = size_of(segment.job)
         fitted = time.monotonic()
-        while reason := str(self._ask("ask_slot", self.trial, bundles)):
+        while reason := str(self._ask("ask_slot", self.trial, size)):
             if not reason.startswith(MORE_NODES):
                 fitted = time.monotonic()
             elif time.monotonic() - fitted > segment.job.cluster.start_timeout_s:
-                raise ResourceError(
+                raise NeverFits(
                     f"The trial got no room within {segment.job.cluster.start_timeout_s:g} s; it waited for {reason}.",
                     "Ask for less per trial, or add nodes.",
                 )

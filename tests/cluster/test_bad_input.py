@@ -260,6 +260,42 @@ def test_bad_input(
     assert not missing, sentences[0]
 
 
+@pytest.mark.parametrize(
+    ("tune", "words"),
+    [
+        (
+            {"space": {"train.lerning_rate": {"uniform": [1e-4, 1e-3]}}},
+            ("train.lerning_rate", "did you mean 'learning_rate'"),
+        ),
+        ({"space": {"train.learning_rate": {"uniform": [1e-3, 1e-3]}}}, ("from 0.001 to 0.001 is empty",)),
+        (
+            {
+                "space": {"train.learning_rate": {"uniform": [1e-4, 1e-3]}},
+                "scheduler": "pbt",
+                "searcher": "optuna",
+            },
+            ("tune.searcher optuna with tune.scheduler pbt",),
+        ),
+    ],
+    ids=["unknown key", "empty range", "a searcher with pbt"],
+)
+def test_a_search_that_cannot_be(
+    tune: dict[str, object], words: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`rayft tune` says so in one sentence, and makes nothing."""
+    job = small_job(tmp_path).model_dump(mode="json")
+    job["data"]["eval"], job["eval"] = job["data"]["train"], {"every_steps": 5}
+    path = tmp_path / "search.yaml"
+    path.write_text(yaml.safe_dump({**job, "tune": {"metric": "eval.loss", **tune}}))
+    code = main(["tune", str(path)])
+    err = capfd.readouterr().err
+    [sentence] = [line for line in err.splitlines() if line.startswith("rayft tune:")]
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert not [word for word in words if word not in sentence], sentence
+    assert not (tmp_path / "runs").exists()
+
+
 def test_diverged_run_ends_with_6_and_is_not_tried_again(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], local_ray: None
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,10 @@ from rayft.report.log import read_all, read_log
 from rayft.report.trials import lineage
 from rayft.spec import dump_job, load_job
 from rayft.storage import open_store
+from rayft.tune import budget
+from rayft.tune.history import history_of
+from rayft.tune.propose import proposer_of
+from rayft.tune.space import Space, sample
 from tests.cluster.steps import prepare_folder
 from tests.runs import events, losses, read_json, write_job
 from tests.searches import RATE, curve_of, rows_of, search_of, trials_in
@@ -72,13 +77,13 @@ def test_a_search_with_asha_from_its_first_trial_to_its_answers(
     # Data and the measurement before training are made by one trial, for all of them.
     made = [row for row in read_all(open_store(uri)) if row.get("event") == "data"]
     assert len(made) == 1
-    measured_first = [
-        name
+    told = [
+        (name, "took_s" in row)
         for name in trials
         for row in read_log(open_store(uri / "trials" / f"asha-{name}"))
-        if row["kind"] == "suites" and row["when"] == "before" and not row.get("again")
+        if row["kind"] == "suites" and row["when"] == "before"
     ]
-    assert len(set(measured_first)) >= 1
+    assert told == [("t0000", True), ("t0001", False), ("t0002", False), ("t0003", False)]
     before = {
         name: read_json(uri / "trials" / f"asha-{name}" / "suites-before.json") for name in ("t0000", "t0001")
     }
@@ -147,6 +152,87 @@ def test_a_process_that_the_memory_monitor_killed_does_not_end_the_search(
     assert [step for step, _ in curve_of(trials["t0000"])] == [2, 4, 6]
 
 
+def test_a_search_whose_budget_is_spent_answers_and_goes_on_with_more(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optuna, over every kind of dimension. Time is up when the second trial has reported once: the first one is the best so far;
+    with more time the second one and the others come to their end, none is run twice, and the best job file runs."""
+    uri = folder / "runs" / "budget"
+    tune = {
+        "space": {
+            RATE: {"loguniform": [1e-4, 3e-2]},
+            "train.weight_decay": {"quniform": [0.0, 0.02, 0.01]},
+            "train.lr_scheduler": {"choice": ["cosine", "wsd"]},
+            "train.decay_ratio": {"uniform": [0.1, 0.5], "when": {"train.lr_scheduler": "wsd"}},
+        },
+        "searcher": "optuna",
+        "scheduler": "asha",
+        "num_trials": 5,
+        "max_concurrent": 1,
+    }
+    # of the first four trials, whose values are random, two are without a decay_ratio
+    groups = {"train": {"max_steps": 4, "warmup_steps": 0}, "seed": 1}
+
+    def clock() -> float:
+        return 1e6 if any(row["trial"] == "t0001" for row in rows_of(uri, "report")) else 0.0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(budget, "time", SimpleNamespace(monotonic=clock))
+        assert search(folder, "budget", {**tune, "time_budget_s": 1e5}, **groups) == 0
+    first = trials_in(uri)
+    assert (first["t0000"].status, len(first)) == ("done", 2)
+    assert (first["t0001"].status, first["t0001"].reason) == ("waiting", "budget of 100000 s is spent")
+    said = capsys.readouterr().out
+    assert "Best: t0000" in said
+
+    assert search(folder, "budget", {**tune, "time_budget_s": 1e7}, **groups) == 0
+    trials = trials_in(uri)
+    assert len(trials) == 5
+    assert {trial.status for trial in trials.values()} <= {"done", "stopped"}
+    assert curve_of(trials["t0000"]) == curve_of(first["t0000"])
+    assert curve_of(trials["t0001"])[0] == curve_of(first["t0001"])[0]
+    for event in ("proposed", "segment", "ended"):
+        assert [row["trial"] for row in rows_of(uri, event)] == sorted(trials)
+    for trial in trials.values():  # of one worker with one CPU
+        assert trial.seconds > 0
+        assert trial.cpu_hours * 3600 == pytest.approx(trial.seconds)
+
+    job = load_job(uri / "job.yaml", [])
+    before = [state for name, state in trials.items() if name != "t0004"]
+    assert trials["t0004"].values == proposer_of(job).propose(4, history_of(job, before))
+    assert trials["t0004"].values != sample(Space(job), job.seed, 4), "it learnt nothing from the others"
+
+    best = load_job(uri / "best.yaml", [])
+    assert main(["run", str(uri / "best.yaml")]) == 0
+    again = open_store(folder / "runs" / best.name)
+    measured = [
+        (row["step"], row["loss"]) for row in read_log(again) if row["kind"] == "eval" and row["step"]
+    ]
+    assert measured == curve_of(
+        next(one for one in trials.values() if one.values[RATE] == best.train.learning_rate)
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
+def test_a_search_over_a_method_that_learns_from_comparisons(folder: Path, kind: str) -> None:
+    """Its own loss decides: a rate that learns nothing is stopped at its first report."""
+    pairs = {"path": str(folder / "pairs.jsonl")}
+    tune = {
+        "space": {RATE: {"grid": [1e-2, 1e-9]}},
+        "searcher": "grid",
+        "scheduler": "asha",
+        "reduction_factor": 2,
+        "max_concurrent": 1,
+    }
+    data = {"train": [{**pairs, "limit": 40}], "eval": [{**pairs, "limit": 8}]}
+    assert search(folder, kind, tune, data=data, method=kind, train={"warmup_steps": 0}) == 0
+    trials = trials_in(folder / "runs" / kind)
+    assert [trial.status for trial in trials.values()] == ["done", "stopped"]
+    assert [step for step, _ in curve_of(trials["t0000"])] == [2, 4, 6]
+    assert load_job(folder / "runs" / kind / "best.yaml", []).method == kind
+
+
 @pytest.mark.full
 def test_more_trials_under_the_same_name_are_added(folder: Path) -> None:
     space = {"space": {RATE: {"loguniform": [1e-4, 1e-2]}}}
@@ -162,7 +248,9 @@ def test_more_trials_under_the_same_name_are_added(folder: Path) -> None:
 def test_a_population_exploits_and_a_fork_goes_on_as_by_hand(folder: Path) -> None:
     """The worse of two goes on from the best one's checkpoint, and its steps are those of a person who does the same."""
     tune = {
-        "space": {RATE: {"choice": [1e-7, 1e-6, 3e-2]}},
+        "space": {
+            RATE: {"choice": [1e-7, 3e-2, 1e-6]}
+        },  # the best in the middle, so that every move is to another
         "scheduler": "pbt",
         "quantile": 0.5,
         "num_trials": 2,
@@ -173,13 +261,16 @@ def test_a_population_exploits_and_a_fork_goes_on_as_by_hand(folder: Path) -> No
     uri = folder / "runs" / "pbt"
     trials = trials_in(uri)
     assert {trial.status for trial in trials.values()} == {"done"}
-    forks = [(trial, segment) for trial in trials.values() for segment in trial.forks]
+    forks = [(segment.start, trial, segment) for trial in trials.values() for segment in trial.forks]
     assert forks, "no trial has exploited another"
-    trial, segment = forks[0]
+    _, trial, segment = min(forks, key=lambda one: one[0])
     assert segment.reason == "exploit"
     fork = segment.forked_from
     assert fork is not None
     assert fork.trial != trial.trial
+    donor = next(one for one in trials[fork.trial].segments if one.run == fork.run)
+    assert donor.values == {RATE: 3e-2}
+    assert segment.values[RATE] in (1e-7, 1e-6), "it goes on with the donor's own value"
     own = uri / "trials" / segment.run
     assert read_json(own / "lineage.json")["forked_from"]["step"] == fork.step
     assert [part.run for part, _ in lineage(trials, trial.trial)][-1] == trial.run
@@ -212,4 +303,4 @@ def test_a_population_exploits_and_a_fork_goes_on_as_by_hand(folder: Path) -> No
 
 
 #: The seed of a search whose two random trials have different rates, one of them good.
-SEED_WITH_A_GOOD_ONE = 3
+SEED_WITH_A_GOOD_ONE = 0

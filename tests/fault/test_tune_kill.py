@@ -118,7 +118,8 @@ def strike(what: str, search: Started, searches: Searches) -> None:
     elif what == "everything":
         search.kill_tree()
     elif what == "node":
-        searches.nodes.take_last()
+        [held] = wait_until("a node with a worker", lambda: searches.nodes.holding("RayTrainWorker"), search)
+        searches.nodes.take(held)
         searches.nodes.add_again()
     else:
         title = {"trial driver": "ResourceTrainable", "worker": "TrainWorker"}[what]
@@ -168,7 +169,7 @@ def assert_same_search(uri: Path, whole: Path) -> None:
 
 
 def test_one_blow_of_each_kind_changes_nothing(searches: Searches) -> None:
-    """ASHA; a worker before a report, a trial's driver in one, a node after one, and the search's driver."""
+    """ASHA; a worker before a report, a trial's driver after it, the worker's node before one, and the search's driver in it."""
     blows = [
         ("worker", "t0000", "before"),
         ("trial driver", "t0000", "after"),

@@ -121,10 +121,11 @@ def test_the_gpu_jobs_fill_their_nodes(name: str, nodes: int) -> None:
 
 def test_a_trial_of_the_gpu_search_fills_a_node() -> None:
     """And half of a fleet holds half as many."""
-    from rayft.tune.capacity import bundles_of, trials_that_fit
+    from rayft.tune.capacity import size_of
+    from rayft.tune.share import Fleet
 
     job = load_job(ROOT / "jobs" / "tune_hub_gpu.yaml")
     assert job.tune is not None
     nodes = [{"CPU": 128.0, "GPU": 8.0}] * 4
-    assert trials_that_fit(bundles_of(job), nodes) == 4
-    assert trials_that_fit(bundles_of(job), nodes, job.tune.share) == 2
+    assert Fleet(nodes).room(size_of(job), 1.0) == 4
+    assert Fleet(nodes).room(size_of(job), job.tune.share) == 2

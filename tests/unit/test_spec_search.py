@@ -11,7 +11,7 @@ import yaml
 
 from rayft.errors import JobError
 from rayft.spec import dump_job, load_job, parse_job
-from rayft.spec.search import LONGEST_NAME, OF_THE_STATE, given, with_values
+from rayft.spec.search import LONGEST_NAME, OF_THE_STATE, SAME_WITH_LAG, given, with_values
 from tests.search_jobs import BASE, RATE, RL, A, R, refused, search
 from tests.shared import ROOT
 
@@ -171,6 +171,46 @@ def test_a_forked_trial_cannot_change_its_state(key: str, scheduler: str) -> Non
 )  # fmt: skip
 def test_what_a_forked_trial_may_change(key: str) -> None:
     assert not OF_THE_STATE.match(key)
+
+
+def drawn(key: str, lag: int) -> dict[str, Any]:
+    """A population over the key of a job that learns from rewards, with answers drawn ahead or not."""
+    groups = {
+        **copy.deepcopy(RL),
+        "rollout": {"engines": 1, "lag": lag},
+        "placement": {"rollout": {"apart": True}},
+    }
+    values = {
+        "rollout.temperature": [0.7, 1.0],
+        "rewards.0.weight": [0.5, 1.0],
+        "rollout.top_p": [0.8, 1.0],
+    }.get(key, [8, 16])
+    return {"space": {key: {"choice": values}}, "groups": groups, "scheduler": "pbt"}
+
+
+@pytest.mark.parametrize("key", SAME_WITH_LAG)
+def test_a_forked_trial_cannot_change_what_drew_the_answers_it_goes_on_with(key: str) -> None:
+    search(**drawn(key, 0), metric="eval.score")
+    assert f"{key} cannot be changed by the scheduler pbt under rollout.lag 1" in refused(
+        **drawn(key, 1), metric="eval.score"
+    )
+
+
+@pytest.mark.parametrize("key", ["rewards.0.weight", "rollout.temperature", "rl.num_generations"])
+@pytest.mark.parametrize(
+    "tune",
+    [
+        {"metric": "eval.win_rate/right"},
+        {"metric": "eval.score", "constraints": {"eval.win_rate/right": {"min": 0.5}}},
+    ],
+)
+def test_a_forked_trial_is_not_measured_against_answers_that_it_has_not(
+    key: str, tune: dict[str, Any]
+) -> None:
+    if key == "rl.num_generations":
+        search(**drawn(key, 0), **tune)
+        return
+    assert f"leave {key} out of tune.space" in refused(**drawn(key, 0), **tune)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rayft.errors import DivergedError, MemoryExceededError, ResourceError, StorageError, WorkerError
+from rayft.errors import (
+    DivergedError,
+    MemoryExceededError,
+    PreemptedError,
+    ResourceError,
+    StorageError,
+    WorkerError,
+)
 from rayft.report.trials import TrialState, trials_of
 from rayft.spec import Job
 from rayft.storage import open_store
+from rayft.tune.algorithm import Proposals
 from rayft.tune.book import Book
 from rayft.tune.budget import Spending
 from rayft.tune.history import finished, history_of, results_of
-from rayft.tune.propose import Finished
+from rayft.tune.propose import Finished, proposer_of
+from rayft.tune.run import Search
 from tests.ledgers import CHANGE, Ledger, search_job
 
 RATE = {"train.learning_rate": 1e-3}
@@ -162,6 +172,35 @@ def test_gpu_hours_of_all_trials_count_together() -> None:
     job = search_job(gpu_hours=2)
     assert spending(job, gpu_hours=(0.5, 1.4)).over() == ""
     assert spending(job, gpu_hours=(0.5, 1.4, 0.125)).over() == "budget of 2 GPU-hours is spent (2.02 used)"
+
+
+def test_what_a_spent_budget_left_unfinished_goes_on_with_more_of_it() -> None:
+    """One trial is over, one stood at a report, one never ran: the search ends well, and the next one begins with these two."""
+    ledger = Ledger()
+    ledger.begin("t0000", RATE)
+    ledger.end("t0000")
+    ledger.begin("t0001", RATE)
+    ledger.report("t0001", 4, 1.0)
+    ledger.add("proposed", "t0002", values=RATE)
+
+    def tell(row: dict[str, Any]) -> None:
+        ledger.add(**row)
+
+    ended = Search.__new__(Search)
+    ended.book = SimpleNamespace(states=lambda: trials_of(ledger.rows), tell=tell)  # type: ignore[assignment]
+    ended.kept = SimpleNamespace(fatal=None)  # type: ignore[assignment]
+    ended._spent = ended._leaving = "budget of 60 s is spent"
+    ended._conclude(None)
+    states = trials_of(ledger.rows)
+    waiting = ("waiting", "budget of 60 s is spent")
+    assert [(one.status, one.reason) for one in states.values()] == [("done", ""), waiting, waiting]
+    job = search_job(time_budget_s=120, num_trials=3)
+    more = Proposals(job, proposer_of(job), None, lambda: states, tell, spending(job), at_once=True)
+    assert not more.is_finished()
+    assert [state.trial for state in more._again] == ["t0001", "t0002"]
+    ended._spent = ""
+    with pytest.raises(PreemptedError, match="1 of its 3 trials have ended"):
+        ended._conclude(None)
 
 
 def test_gpu_hours_are_asked_of_the_ledger_each_time() -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayft.spec import Job
-from rayft.tune.capacity import Resources, _lay, bundles_of, total_of, trials_that_fit
+from rayft.tune.capacity import Resources, Size, _lay, size_of, sizes_of, total_of, trials_that_fit
+from rayft.tune.share import Fleet
 from tests.search_jobs import RL, search
 
 #: Amounts in eighths, which binary fractions hold exactly.
@@ -60,6 +61,11 @@ def most(bundles: list[Resources], nodes: list[Resources]) -> int:
     return count
 
 
+def fit(bundles: list[Resources], nodes: list[Resources], share: float) -> int:
+    """How many trials that are not elastic the share of these nodes holds."""
+    return Fleet(nodes).room(Size(bundles, total_of(bundles)), share)
+
+
 def granted(nodes: list[Resources], share: float) -> Resources:
     return {name: share * sum(one.get(name, 0.0) for one in nodes) for name in ("CPU", "GPU")}
 
@@ -87,7 +93,7 @@ def test_the_share_is_kept_and_nothing_else_held_back(
     bundles: list[Resources], nodes: list[Resources], share: float
 ) -> None:
     before = copy.deepcopy((bundles, nodes))
-    count = trials_that_fit(bundles, nodes, share)
+    count = fit(bundles, nodes, share)
     assert (bundles, nodes) == before, "the caller's nodes are as they were"
     need, most_of_it = total_of(bundles), granted(nodes, share)
     assert all(count * need.get(name, 0.0) <= most_of_it[name] + 1e-6 for name in most_of_it)
@@ -128,7 +134,7 @@ def test_a_layout_takes_exactly_what_it_lays_or_nothing(
     ],
 )
 def test_trials_by_hand(bundles: list[Resources], nodes: list[Resources], share: float, count: int) -> None:
-    assert trials_that_fit(bundles, nodes, share) == count
+    assert fit(bundles, nodes, share) == count
 
 
 @pytest.mark.parametrize("parts", [3, 7, 10, 100])
@@ -139,7 +145,7 @@ def test_decimal_fractions_of_a_node_fill_it(parts: int) -> None:
             trials_that_fit([{"CPU": round(1 / parts, 6)}], [{"CPU": round(1 / parts, 6) * parts}] * nodes)
             == parts * nodes
         )
-    assert trials_that_fit([{"CPU": 0.1}], [{"CPU": 1.0}], 0.3) == 3
+    assert fit([{"CPU": 0.1}], [{"CPU": 1.0}], 0.3) == 3
 
 
 def test_trials_that_ask_for_nothing_come_to_an_end() -> None:
@@ -154,20 +160,29 @@ def training(**cluster: Any) -> Job:
 
 
 def test_a_trial_asks_for_its_ranks() -> None:
-    assert bundles_of(training(num_workers=3, cpus_per_worker=2)) == [{"CPU": 2.0}] * 3
-    assert bundles_of(training(gpus_per_worker=0.5)) == [{"CPU": 1.0, "GPU": 0.5}]
+    assert size_of(training(num_workers=3, cpus_per_worker=2)) == Size([{"CPU": 2.0}] * 3, {"CPU": 6.0})
+    assert size_of(training(gpus_per_worker=0.5)).bundles == [{"CPU": 1.0, "GPU": 0.5}]
 
 
-def test_an_elastic_trial_asks_for_its_least() -> None:
-    assert bundles_of(training(num_workers=[2, 4])) == [{"CPU": 1.0}] * 2
+def test_an_elastic_trial_asks_for_its_least_and_is_counted_by_its_most() -> None:
+    assert size_of(training(num_workers=[2, 4])) == Size([{"CPU": 1.0}] * 2, {"CPU": 4.0})
+
+
+def test_trials_ask_for_what_their_values_say() -> None:
+    """The job's own numbers are no trial's where the space has others; values that go with nothing are no trial's either."""
+    groups = {"cluster": {"num_workers": 8}, "train": {"max_steps": 100, "global_batch_size": 16}}
+    space = {"cluster.num_workers": {"choice": [4, 1]}, "cluster.cpus_per_worker": {"quniform": [1, 3, 1]}}
+    found = sizes_of(search(space, groups))
+    assert [total_of(size.bundles)["CPU"] for size in found] == [1, 2, 3, 4, 8, 12]
+    assert sizes_of(search(groups=groups)) == [size_of(search(groups=groups))]
 
 
 def test_a_trial_that_learns_from_rewards_asks_for_every_process_apart() -> None:
     groups = {**copy.deepcopy(RL), "cluster": {"num_workers": 2, "gpus_per_worker": 1}}
-    assert bundles_of(search(groups=groups, metric="eval.score")) == [{"CPU": 1.0, "GPU": 1.0}] * 2
+    assert size_of(search(groups=groups, metric="eval.score")).bundles == [{"CPU": 1.0, "GPU": 1.0}] * 2
     apart = {"rewards": {"apart": True, "cpus": 2}, "rollout": {"apart": True, "gpus": 1, "cpus": 1}}
     job = search(groups={**groups, "placement": apart, "rollout": {"engines": 1}}, metric="eval.score")
-    bundles = bundles_of(job)
+    bundles = size_of(job).bundles
     # two ranks, an engine, and two rewards that are functions, which take no GPU
     assert sorted((need["CPU"], need.get("GPU", 0.0)) for need in bundles) == [
         (1, 1),

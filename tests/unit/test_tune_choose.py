@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayft.errors import JobError
+from rayft.errors import JobError, RayftError, ResourceError, StorageError, WorkerError
 from rayft.report.trials import trials_of
 from rayft.spec.tune import Bound, Objective
 from rayft.tune.choose import choose
@@ -74,6 +74,25 @@ def test_a_search_without_a_report_is_refused_with_the_reason() -> None:
             JobError, match=r"has a value of 'eval.loss'.*" + ("the data is gone" if trials else "")
         ):
             choose(trials, LOSS, {})
+
+
+@pytest.mark.parametrize("error", [ResourceError, StorageError, WorkerError])
+def test_a_search_whose_trials_the_machines_failed_ends_with_their_code(error: type[RayftError]) -> None:
+    ledger = Ledger()
+    for name in ("t0000", "t0001"):
+        ledger.begin(name, {})
+        ledger.curve(name, [0.5])
+        ledger.end(name, "failed", "no node would have it.", 4, code=error.code)
+    with pytest.raises(
+        error,
+        match=r"All 2 trials were lost to the machines, and none to its values; t0000: no node would have it\. ",
+    ) as caught:
+        choose(trials_of(ledger.rows), LOSS, {})
+    assert "tried once more" in caught.value.remedy
+    ledger.begin("t0002", {})
+    ledger.end("t0002", "failed", "the loss is NaN", 4, code=6)
+    with pytest.raises(JobError):
+        choose(trials_of(ledger.rows), LOSS, {})
 
 
 def test_constraints() -> None:

@@ -30,7 +30,7 @@ def test_a_budget_that_ends_a_search_saves_nothing() -> None:
     ledger = Ledger()
     ledger.begin("t0000", {})
     ledger.curve("t0000", [0.5])
-    ledger.end("t0000", "stopped", "budget of 60 s is spent", 4)
+    ledger.add("waiting", "t0000", reason="budget of 60 s is spent")
     assert cost_of(trials_of(ledger.rows), ledger.rows, 24).saved_steps == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -12,7 +13,8 @@ from rayft.errors import WorkerError
 from rayft.report.log import Row
 from rayft.report.trials import trials_of
 from tests.decisions import METRIC, Driver, Killed
-from tests.ledgers import search_job
+from tests.ledgers import CHANGE, search_job
+from tests.search_jobs import RL, search
 
 ASHA: dict[str, Any] = {"scheduler": "asha", "reduction_factor": 2}
 MEDIAN = {"scheduler": "median"}
@@ -98,14 +100,20 @@ def test_a_trial_that_failed_ends_with_its_code_and_what_it_spent() -> None:
     assert (state.seconds, state.curve, one.kept.fatal) == (18.0, [], None)
 
 
-def test_a_spent_budget_stops_a_trial_at_its_next_report() -> None:
+def test_a_spent_budget_stops_a_trial_at_its_next_report_and_does_not_end_it() -> None:
+    """The report is kept, and nothing is decided by it: that is for the search that is given more."""
     spent = ""
     one = driver(over=lambda: spent)
     one.add("t0000")
     assert one.report("t0000", 4, 1.0) == CONTINUE
     spent = "budget of 60 s is spent"
     assert one.report("t0000", 8, 1.0) == STOP
-    assert (one.rows[-1]["status"], one.rows[-1]["reason"], one.rows[-1]["step"]) == ("stopped", spent, 8)
+    assert not trials_of(one.rows)["t0000"].ended
+    assert (one.written("report")[-1], one.written("ended")) == (("t0000", "report", 8), [])
+    assert not one.kept.under_way()
+    again = driver(one.rows)
+    again.add("t0000")
+    assert again.report("t0000", 12, 1.0) == CONTINUE
 
 
 # -- metrics that are not there --------------------------------------------------------------------------------------
@@ -121,6 +129,42 @@ def test_a_metric_that_no_report_has_ends_the_search_with_those_that_there_are(t
     assert one.kept.fatal.message == (
         "tune: no report has the metric 'eval.accuracy'; the first one has eval.loss, train.loss."
     )
+
+
+def test_a_bound_on_what_no_report_has_ends_the_search_at_the_first_one() -> None:
+    one = driver(tune={**ASHA, "constraints": {"eval.kl": {"max": 1.0}, CHANGE: {"max": 1.0}}})
+    one.add("t0000")
+    assert one.report("t0000", 4, 1.0) == CONTINUE
+    assert one.kept.fatal is not None
+    assert "no report has the metric 'eval.kl'" in one.kept.fatal.message
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_trial_alone_without_the_metric_has_failed_and_the_search_goes_on(last: bool) -> None:
+    """Another trial has reported it, in this driver's time or before it."""
+    one = driver(tune={**ASHA, "metric": "eval.kl"})
+    one.add("t0000")
+    one.report("t0000", 4, 1.0, **{"eval.kl": 0.5})
+    for name, now in (("t0001", one), ("t0002", driver(one.rows, tune={**ASHA, "metric": "eval.kl"}))):
+        now.add(name)
+        if last:
+            now.complete(name, now.result(name, 24, 1.0))
+        else:
+            assert now.report(name, 4, 1.0) == STOP
+        state = trials_of(now.rows)[name]
+        assert (state.status, state.code, state.reason) == ("failed", 2, "it reports no eval.kl")
+        assert now.kept.fatal is None
+
+
+def test_where_the_space_decides_what_is_measured_the_first_trial_may_lack_it() -> None:
+    space = {"rl.kl_coef": {"choice": [0.0, 0.01]}}
+    one = Driver(search(space, copy.deepcopy(RL), metric="eval.kl"), [])
+    one.add("t0000", {"rl.kl_coef": 0.0})
+    assert one.report("t0000", 4, 1.0) == STOP
+    assert one.kept.fatal is None
+    one.add("t0001", {"rl.kl_coef": 0.01})
+    assert one.report("t0001", 4, 1.0, **{"eval.kl": 0.5}) == CONTINUE
+    assert [state.status for state in trials_of(one.rows).values()] == ["failed", "running"]
 
 
 def test_a_metric_of_suites_is_asked_for_at_the_end_only() -> None:

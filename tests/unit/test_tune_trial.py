@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rayft.errors import JobError
+from rayft.errors import JobError, ResourceError
 from rayft.report.trials import Fork
 from rayft.spec import Job, Tune, dump_job, parse_job
 from rayft.spec.load import RESUMABLE_KEYS
@@ -99,6 +99,54 @@ def test_what_a_trial_spends_is_told_between_reports(monkeypatch: pytest.MonkeyP
     )
     assert driven._await(segment) == (4, {"eval.loss": 1.0}, False)  # type: ignore[arg-type]
     assert told == [("tell", {"event": "spent", "trial": "t0003", "gpu_hours": 2.5})]
+
+
+def test_what_a_trial_spent_is_known_when_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    driven = trial.TrialRun.__new__(trial.TrialRun)
+    driven.trial, driven._token = "t0003", ""
+    driven._under_way = SimpleNamespace(spent=lambda: {"gpu_hours": 2.5}, leave=lambda reason: None)  # type: ignore[assignment]
+
+    def leave() -> None:
+        raise trial.Leaving("SIGTERM")
+
+    monkeypatch.setattr(driven, "_next_report", leave, raising=False)
+    monkeypatch.setattr(driven, "_ask", lambda *call: asked.append(call), raising=False)
+    assert driven.step() == {"left": "SIGTERM", "done": True}
+    assert asked[0] == ("tell", {"event": "spent", "trial": "t0003", "gpu_hours": 2.5})
+
+
+@pytest.mark.parametrize(
+    ("error", "ran", "failed"),
+    [(ResourceError, False, False), (ResourceError, True, True), (trial.NeverFits, False, True)],
+)
+def test_a_trial_that_lost_its_room_to_others_waits_again(
+    monkeypatch: pytest.MonkeyPatch, error: type[ResourceError], ran: bool, failed: bool
+) -> None:
+    """It was granted a slot, so it can fit; what can never fit has failed."""
+    asked: list[tuple[Any, ...]] = []
+    driven = trial.TrialRun.__new__(trial.TrialRun)
+    driven.trial, driven._token, driven._reported, driven._under_way = "t0003", "", 0, None
+    driven.about = SimpleNamespace(turn=None)  # type: ignore[assignment]
+    spent, reports = {"gpu_hours": 0.0}, SimpleNamespace(last=lambda: (0, {}))
+    first = SimpleNamespace(pending=lambda: None, ran=ran, spent=lambda: spent, run="first", reports=reports)
+    again = SimpleNamespace(pending=lambda: (4, {"eval.loss": 1.0}, False), spent=lambda: spent, run="again")
+    begun = iter([first, again])
+
+    def lost(segment: Any) -> None:
+        raise error("The workers did not get their resources.", "")
+
+    monkeypatch.setattr(driven, "_begin", lambda: next(begun), raising=False)
+    monkeypatch.setattr(driven, "_start", lost, raising=False)
+    monkeypatch.setattr(driven, "_ask", lambda *call: asked.append(call), raising=False)
+    result = driven._next_report()
+    waited = (
+        "tell",
+        {"event": "waiting", "trial": "t0003", "reason": "The workers did not get their resources."},
+    )
+    assert ("failed_code" in result, waited in asked) == (failed, not failed)
+    assert result["run"] == ("first" if failed else "again")
+    assert ("release", "t0003", "") in asked
 
 
 @pytest.mark.parametrize("scheduler", ["none", "asha", "hyperband", "median", "pbt", "pb2"])
