@@ -32,6 +32,7 @@ from rayft.spec.secrets import looks_secret
 
 #: Set by rayft in every pod; a profile that set them too would break what they hold together.
 OWN_VARIABLES = (
+    "HF_HOME",
     "HOME",
     "RAYFT_CACHE",
     "RAYFT_CACHE_GB",
@@ -113,7 +114,8 @@ class Head(Group):
     cpus: PositiveInt = 2
     memory_gib: Annotated[float, Field(ge=2)] = 8.0
     scratch_gib: PositiveInt = Field(
-        50, description="Disk: temporary files, and the model, which it looks at too."
+        50,
+        description="Disk: temporary files (5 GiB, or half of less than 10), and the cache for the model, which it looks at too.",
     )
     selector: LabelMap = Field(default_factory=dict, description="Best nodes that are not taken away.")
     tolerations: list[Toleration] = Field(default_factory=list)

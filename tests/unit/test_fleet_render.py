@@ -128,6 +128,32 @@ def test_object_store_fits_shared_memory_and_memory() -> None:
             assert int(group["rayStartParams"]["object-store-memory"]) < _bytes(shared) < memory
 
 
+@pytest.mark.parametrize("name", SHOWN)
+def test_hub_and_cache_share_a_volume_and_its_bound(name: str) -> None:
+    made = shown(name)
+    for pod in pods_of(rayjob(made)):
+        (container,) = pod["spec"]["containers"]
+        has = {one["name"]: one.get("value") for one in container["env"]}
+        (mount,) = [one["mountPath"] for one in container["volumeMounts"] if one["name"] == "cache"]
+        assert has["RAYFT_CACHE"] == mount
+        assert has["HF_HOME"].startswith(f"{mount}/")
+        (volume,) = [one for one in pod["spec"]["volumes"] if one["name"] == "cache"]
+        limit = _bytes(volume["emptyDir"]["sizeLimit"])
+        assert 0.5 * limit < float(has["RAYFT_CACHE_GB"]) * 1e9 < limit
+        assert limit < _bytes(container["resources"]["limits"]["ephemeral-storage"])
+
+
+def test_a_model_that_no_cache_holds_is_refused() -> None:
+    there = profile("gpu").model_copy(deep=True)
+    for role, key in (("a worker", "cache.gib"), ("the head", "head.scratch_gib")):
+        there.cache.gib, there.head.scratch_gib = (10, 100) if role == "a worker" else (100, 15)
+        said = rf"weights of Qwen/Qwen3-8B take about 16\.4 GB, and the cache of {role} holds 10\.7 GB \(profile gpu, {key}\)"
+        with pytest.raises(ResourceError, match=said):
+            render(job("sft_hub_gpu"), there, architecture=large(), scorers={})
+    there.cache.claim = "models"
+    render(job("sft_hub_gpu"), there, architecture=large(), scorers={})
+
+
 def test_retries_are_failures_and_preemptions() -> None:
     made = arithmetic("gpu", "cluster.max_failures=4", "cluster.gpus_per_worker=0")
     assert rayjob(made)["spec"]["backoffLimit"] == 4 + profile("gpu").retries.preemptions

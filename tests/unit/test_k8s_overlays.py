@@ -18,6 +18,7 @@ from rayft.fleet.lint.quantity import quantity
 from rayft.fleet.lint.read import read
 from rayft.fleet.lint.views import Group, cluster_of
 from rayft.spec import load_job
+from tests.fleets import large, small
 from tests.shared import ROOT, shared_root
 
 K8S = ROOT / "k8s"
@@ -100,6 +101,32 @@ def test_the_job_in_them_is_a_job(name: str, tmp_path: Path) -> None:
     for row in job.data.train:
         local = str(row.path).startswith("/")
         assert not local or Path(str(row.path)).name in data, row.path
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_cache_holds_the_model_and_its_volume_the_cache(name: str) -> None:
+    """Of head and workers: the driver looks at the model's weights too."""
+    data = the(f"overlays/{name}", "ConfigMap").data["data"]
+    sizes = {"Qwen/Qwen3-8B": large(), "HuggingFaceTB/SmolLM2-135M-Instruct": small()}
+    model = sizes[yaml.safe_load(data["job.yaml"])["model"]["path"]]
+    cluster = cluster_of(the(f"overlays/{name}", "RayJob"))
+    assert cluster
+    for group in cluster.groups:
+        ray = group.pod.ray
+        assert ray
+        has = {one["name"]: one["value"] for one in ray.data["env"]}
+        mounts = {one["name"]: one["mountPath"] for one in ray.data["volumeMounts"]}
+        assert has["RAYFT_CACHE"] == mounts["cache"]
+        assert has["HF_HOME"].startswith(mounts["cache"] + "/")
+        limits = {
+            one["name"]: int(quantity(one["emptyDir"]["sizeLimit"]) or 0)
+            for one in group.pod.spec["volumes"]
+            if "emptyDir" in one and one["emptyDir"].get("medium") != "Memory"
+        }
+        bound = float(has["RAYFT_CACHE_GB"]) * 1e9
+        assert 0.7 * limits["cache"] < bound < 0.95 * limits["cache"]
+        assert 2 * model.total < bound, "weights in 16 bits"
+        assert sum(limits.values()) <= (quantity(ray.resources("limits")["ephemeral-storage"]) or 0)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

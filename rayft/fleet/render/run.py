@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rayft.errors import JobError, RayftError, ResourceError
 from rayft.fleet.render.apply import apply
+from rayft.fleet.render.cache import refuse_large_model
 from rayft.fleet.render.files import Packed, pack, travelling
 from rayft.fleet.render.manifest import Wishes, as_yaml, manifest
 from rayft.fleet.render.model import architecture_of_model, scorers_of
@@ -50,6 +51,8 @@ def render(
         except RayftError as error:
             lines.append(f"No memory plan: {error.message}")
     found = size(packed.job, profile, architecture, scorers)
+    if architecture is not None:
+        refuse_large_model(packed.job, profile, architecture)
     lines += [*found.notes, *summary(found, profile)]
     files = travelling(packed, profile)
     if files is not None:
@@ -112,6 +115,7 @@ def plan_on(job: Job, profile: Profile) -> int:
     packed = pack(job, profile)
     architecture, scorers = _architectures(job, packed.job)
     found = size(packed.job, profile, architecture, scorers)
+    refuse_large_model(packed.job, profile, architecture)
     assert found.choice is not None
     gpu = find_gpu(found.job.cluster.gpu) if found.job.cluster.gpu else None
     console = Console()
