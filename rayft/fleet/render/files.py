@@ -18,6 +18,7 @@ from rayft.errors import DataError, JobError
 from rayft.fleet.render.manifest import Travelling
 from rayft.fleet.render.pods import JOB_FOLDER
 from rayft.fleet.render.secrets import refuse_secrets
+from rayft.fleet.runs import fork_refused, on_storage, refuse_another_name
 from rayft.model.locate import is_hub_id
 from rayft.spec import Job, parse_job
 from rayft.spec.profile import Profile
@@ -66,12 +67,14 @@ class Packed:
 def pack(job: Job, profile: Profile) -> Packed:
     """Find local files, and name them as the run will. Raises JobError, DataError for what cannot travel."""
     packed = Packed(job)
-    values = job.model_dump(mode="json")
     own = _storage(job, profile, packed.notes)
+    moved, said = on_storage(job, own)
+    packed.notes += said
+    values = moved.model_dump(mode="json")
 
     def model(group: dict[str, Any], key: str, where: str) -> None:
         if group.get(key) is not None:
-            group[key] = _model(group[key], where, job, own, profile, packed.notes)
+            group[key] = _model(group[key], where, own, profile)
 
     def file(group: dict[str, Any], key: str, where: str) -> None:
         if group.get(key) is not None:
@@ -95,16 +98,11 @@ def pack(job: Job, profile: Profile) -> Packed:
             model(source, "path", where)
         elif source["type"] == "function" and (found := source["path"].rpartition(":"))[0].endswith(".py"):
             source["path"] = f"{_add(Path(found[0]).expanduser(), where, packed)}:{found[2]}"
-    _refuse_local_places(job, profile)
+    _refuse_local_places(moved, own, profile)
     packed.job = parse_job({**values, "storage": own})
     for key, trial in jobs_of_lists(job) if job.tune else ():
         there = pack(trial, profile)
-        if _value(there.job, key) != _value(trial, key):
-            raise JobError(
-                f"tune.space.{key}: {_value(trial, key)!r} would have another name where the trials run, and lists of values stay as "
-                "they are.",
-                "Name a hub id, or what lies on storage, by its place there.",
-            )
+        refuse_another_name(key, trial, there.job)
         packed.files |= there.files
     return packed
 
@@ -140,7 +138,7 @@ def _storage(job: Job, profile: Profile, notes: list[str]) -> str:
     return given
 
 
-def _model(path: str, where: str, job: Job, own: str, profile: Profile, notes: list[str]) -> str:
+def _model(path: str, where: str, own: str, profile: Profile) -> str:
     """A model that the run's nodes can read."""
     if "://" in path and not path.startswith("file://"):
         return path
@@ -151,13 +149,7 @@ def _model(path: str, where: str, job: Job, own: str, profile: Profile, notes: l
             f"{where}: the image of profile {profile.name} is not said to hold {path} (packages).",
             "Name a hub id or an s3:// folder, or put the package into the image and into the profile.",
         )
-    local = path.removeprefix("file://")
-    runs = f"{job.storage.rstrip('/')}/"
-    if local.startswith(runs) and ".." not in local.split("/"):
-        moved = f"{own}/{local.removeprefix(runs)}"
-        notes.append(f"{where} {path} is read from {moved}.")
-        return moved
-    if _on_volume(local, profile) or is_hub_id(path):
+    if _on_volume(path.removeprefix("file://"), profile) or is_hub_id(path):
         return path
     raise JobError(
         f"{where} {path} is a folder or file of this machine, and models do not travel with a job.",
@@ -207,8 +199,11 @@ def _add(file: Path, where: str, packed: Packed, below: Path | None = None) -> s
     return name
 
 
-def _refuse_local_places(job: Job, profile: Profile) -> None:
-    """Places that the run writes to must outlive its pods."""
+def _refuse_local_places(job: Job, own: str, profile: Profile) -> None:
+    """Places that the run writes to must outlive its pods, and those that it begins from be there."""
+    fork = job.checkpoint.fork
+    if fork and not (fork[0].startswith("s3://") or _on_volume(fork[0], profile)):
+        raise fork_refused(fork[0], own)
     cache = job.data.cache
     outlives = cache is None or cache.startswith("s3://") or _on_volume(cache, profile)
     if not outlives:
@@ -221,14 +216,6 @@ def _refuse_local_places(job: Job, profile: Profile) -> None:
             f"log.mlflow {job.log.mlflow} is a folder of the pod, which is lost with it.",
             "Give the URI of a tracking server.",
         )
-
-
-def _value(job: Job, key: str) -> Any:
-    """What a job has at a dotted key."""
-    node: Any = job.model_dump(mode="json")
-    for part in key.split("."):
-        node = node[int(part)] if isinstance(node, list) else (node or {}).get(part)
-    return node
 
 
 def _on_volume(path: str, profile: Profile) -> bool:
