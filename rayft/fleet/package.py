@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayft.errors import DataError, JobError
+from rayft.fleet.functions import files_of_function
 from rayft.fleet.runs import on_storage, refuse_another_name
 from rayft.report.text import gib
 from rayft.spec import Job, dump_job
@@ -160,16 +161,8 @@ def _paths_of(job: Job, here: Path) -> Iterator[tuple[str, str]]:
     ]
     yield from ((key, text) for key, text in named if text)
     for reward in job.rewards:
-        if reward.type != "function":
-            continue
-        where = reward.path.rpartition(":")[0]
-        file = where if where.endswith(".py") else where.replace(".", "/") + ".py"
-        if where.endswith(".py"):
-            yield "rewards", file
-        if not Path(file).is_absolute() and (here / file).is_file():
-            # What a function imports from beside it.
-            beside = sorted((here / file).parent.glob("*.py"))
-            yield from (("rewards", os.path.relpath(path, here)) for path in beside)
+        if reward.type == "function":
+            yield from (("rewards", str(file)) for file in files_of_function(reward.path, here))
 
 
 def _files_in(folder: Path) -> Iterator[Path]:

@@ -78,6 +78,13 @@ def test_only_what_the_job_names_travels(here: Path, tmp_path: Path) -> None:
     assert packed.files == 6
 
 
+def test_a_function_of_a_module_here_travels_too(here: Path, tmp_path: Path) -> None:
+    rewards = [{"name": "right", "type": "function", "path": "rewards.right:f"}]
+    wanted = job(method="grpo", rewards=rewards, train={"global_batch_size": 4, "max_steps": 1})
+    packed = package(wanted, here=here, home=tmp_path / "home")
+    assert {"rewards/right.py", "rewards/sibling.py"} <= names(packed.folder)
+
+
 def test_runs_that_are_not_here_are_those_of_the_storage(here: Path, tmp_path: Path) -> None:
     (here / "runs" / "here").mkdir(parents=True)
     (here / "runs" / "here" / "config.json").write_text("{}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rayft.errors import DataError, JobError
+from rayft.fleet.functions import files_of_function
 from rayft.fleet.render.manifest import Travelling
 from rayft.fleet.render.pods import JOB_FOLDER
 from rayft.fleet.render.secrets import refuse_secrets
@@ -96,8 +97,8 @@ def pack(job: Job, profile: Profile) -> Packed:
         where = f"rewards.{index}.path"
         if source["type"] == "model":
             model(source, "path", where)
-        elif source["type"] == "function" and (found := source["path"].rpartition(":"))[0].endswith(".py"):
-            source["path"] = f"{_add(Path(found[0]).expanduser(), where, packed)}:{found[2]}"
+        elif source["type"] == "function":
+            source["path"] = _function(source["path"], where, packed)
     _refuse_local_places(moved, own, profile)
     packed.job = parse_job({**values, "storage": own})
     for key, trial in jobs_of_lists(job) if job.tune else ():
@@ -178,6 +179,14 @@ def _rows(path: str, where: str, packed: Packed, profile: Profile) -> str:
         f"{where}: there is no file or folder {path} here, so it cannot travel with the job.",
         "Correct the path, or name an object on storage (s3://…) or a hub data set.",
     )
+
+
+def _function(path: str, where: str, packed: Packed) -> str:
+    """A reward function, with the modules beside its file."""
+    files = files_of_function(path, Path.cwd())
+    names = [_add(file, where, packed, below=file.parent) for file in files]
+    named, _, function = path.rpartition(":")
+    return f"{names[0]}:{function}" if named.endswith(".py") else path
 
 
 def _add(file: Path, where: str, packed: Packed, below: Path | None = None) -> str:
