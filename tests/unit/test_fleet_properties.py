@@ -76,7 +76,7 @@ def profiles(draw: st.DrawFn) -> Profile:
         "network_policy": {
             "operator_namespace": draw(words),
             "metrics_namespaces": draw(st.lists(words, max_size=2)),
-            "egress_ports": draw(st.lists(st.integers(1, 65535), max_size=3)),
+            "egress_ports": draw(st.lists(st.integers(1, 65535) | st.just(443), max_size=3)),
             "egress_cidrs": draw(st.lists(st.sampled_from(["0.0.0.0/0", "10.0.0.0/8", "::/0"]), max_size=3)),
         },
         "checkpoint": {

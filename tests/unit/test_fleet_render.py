@@ -199,6 +199,32 @@ def test_network_policy_names_who_may_come() -> None:
     assert [one["kind"] for one in arithmetic(off).objects] == ["ConfigMap", "RayJob"]
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "rewards.1.path=http://judge.models.svc:9000/score",
+            r"rewards\.1\.path calls port 9000 of judge\.models\.svc",
+        ),
+        ("rewards.1.path=http://judge.models.svc/score", r"rewards\.1\.path calls port 80 of"),
+        ("log.mlflow=http://mlflow.tools.svc:5000", r"log\.mlflow calls port 5000 of mlflow\.tools\.svc"),
+    ],
+)
+def test_a_server_behind_a_closed_port_is_refused(override: str, said: str) -> None:
+    with pytest.raises(JobError, match=said + r".*gpu opens 443, 8000 \(network_policy\.egress_ports\)"):
+        render(job("ppo_hub_gpu", override), profile("gpu"), architecture=large(), scorers={})
+    with pytest.raises(JobError, match=r"rewards\.1\.path is no URL"):
+        render(
+            job("ppo_hub_gpu", "rewards.1.path=http://x:y/z"),
+            profile("gpu"),
+            architecture=large(),
+            scorers={},
+        )
+    off = profile("gpu").model_copy(deep=True)
+    off.network_policy.enabled = False
+    render(job("ppo_hub_gpu", override), off, architecture=large(), scorers={})
+
+
 def test_the_job_in_the_manifest_is_the_job(tmp_path: Path) -> None:
     """Read in the pod it is the same job, with what the profile decided: storage, ZeRO stage, GPU."""
     made = shown("gpu-sft")
