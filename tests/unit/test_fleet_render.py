@@ -21,6 +21,8 @@ from rayft.fleet.render.run import Rendered, render
 from rayft.fleet.version import refuse_other_version
 from rayft.spec import Job, load_job
 from rayft.spec.profile import Profile
+from rayft.train.account import owner_of_run
+from rayft.train.submitted import SUBMITTED_WITH
 from tests.fleets import SHOWN, job, large, profile, shown, small
 from tests.rendered import pods_of, problems
 from tests.shared import ROOT
@@ -30,8 +32,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paths of jobs are relative to where the command runs."""
+    """Paths of jobs are relative to where the command runs, and runs are somebody's."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("RAYFT_USER", "ann")
+    monkeypatch.setenv("RAYFT_TEAM", "nlp")
 
 
 def rayjob(made: Rendered) -> dict[str, Any]:
@@ -157,6 +161,23 @@ def test_a_model_that_no_cache_holds_is_refused() -> None:
 def test_retries_are_failures_and_preemptions() -> None:
     made = arithmetic("gpu", "cluster.max_failures=4", "cluster.gpus_per_worker=0")
     assert rayjob(made)["spec"]["backoffLimit"] == 4 + profile("gpu").retries.preemptions
+
+
+def test_a_run_is_its_submitters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the driver reads, whatever account its pod has."""
+
+    def owner(made: Rendered) -> dict[str, str]:
+        monkeypatch.setenv(SUBMITTED_WITH, json.dumps({"metadata": rayjob(made)["spec"]["metadata"]}))
+        for name in ("RAYFT_USER", "RAYFT_TEAM"):
+            monkeypatch.delenv(name, raising=False)
+        return owner_of_run()
+
+    assert owner(arithmetic()) == {"user": "ann", "team": "nlp"}
+    monkeypatch.setenv("LOGNAME", "bob")
+    made = arithmetic()
+    assert "team" not in rayjob(made)["spec"]["metadata"]
+    monkeypatch.setenv("LOGNAME", "rayft")
+    assert owner(made) == {"user": "bob", "team": ""}
 
 
 def test_queue_priority_and_deadline() -> None:
