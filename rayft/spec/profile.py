@@ -152,7 +152,8 @@ class CheckpointTime(Group):
 
     node_mb_per_s: PositiveFloat = Field(200.0, description="MB/s that one node writes to storage.")
     too_slow: Literal["refuse", "warn"] = Field(
-        "refuse", description="What a checkpoint that does not fit the workers' drain time does."
+        "refuse",
+        description="What a checkpoint that does not fit the workers' drain time does; one whose time is not known never refuses.",
     )
 
 
@@ -249,7 +250,9 @@ class Profile(Group):
     """A whole profile."""
 
     name: Label
-    address: str | None = Field(None, description="Job API of a standing cluster, for `rayft submit`.")
+    address: str | None = Field(
+        None, description="Job API of a standing cluster, for `rayft submit --profile`."
+    )
     namespace: Namespace = "default"
     image: Image
     image_pull_secrets: list[ObjectName] = Field(default_factory=list)
