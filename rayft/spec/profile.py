@@ -323,11 +323,6 @@ class Profile(Group):
         """Whether the submitter can reach storage too."""
         return self.storage.startswith("s3://")
 
-    @property
-    def search_gpus(self) -> int:
-        """GPUs that a search may take at once."""
-        return int(self.limits.gpus * self.search_share)
-
 
 def load_profile(name: str | Path) -> Profile:
     """The profile in a file, or of that name in `$RAYFT_PROFILES` or `cluster/profiles`. Raises JobError naming file and key."""
