@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jsonschema
@@ -11,6 +12,7 @@ import pytest
 from kubernetes_validate.utils import all_versions, schema_contents
 from referencing import Registry, Resource
 
+from rayft.fleet.lint import lint
 from tests.shared import shared_root
 
 KUBERNETES = "1.34"
@@ -36,6 +38,15 @@ def _strict(schema: Any) -> Any:
     if isinstance(properties, dict) and isinstance(made.get("type"), str) and made["type"] == "object":
         made.setdefault("additionalProperties", False)
     return made
+
+
+def wrong(objects: Sequence[dict[str, Any]], *, warnings: bool = True, but: Sequence[str] = ()) -> list[str]:
+    """What is wrong with the objects of a run: by their schemas, the CEL rules in these, and the linter's other rules without
+    `but`; its warnings too, which a fleet's profile may be the cause of."""
+    found = [text for one in objects for text in problems(one)]
+    report = lint(objects, schemas=shared_root() / "schemas")
+    told = report.findings if warnings else report.errors
+    return found + [str(one) for one in told if one.rule not in but] + report.notes
 
 
 def problems(one: dict[str, Any]) -> list[str]:

@@ -50,6 +50,7 @@ class _Save:
     state: dict[str, Any]
     placed: list[_Placed]
     buffer: HostBuffer
+    began: float
 
 
 class CheckpointWriter:
@@ -88,7 +89,9 @@ class CheckpointWriter:
         self._store, self._epoch, self._rank, self._world_size = store, epoch, rank, world_size
         self._timeout_s = timeout_s
         self._last_step = self._ended_step = -1
-        self.last_committed: int | None = None  # rank 0 only: the other ranks do not see the commit
+        # Rank 0 only, as the other ranks do not see the commit: its step, and its seconds since `save` was called.
+        self.last_committed: int | None = None
+        self.last_took_s = 0.0
         self._backlog = backlog
         self._reserve_bytes = reserve_bytes
         self._free: queue.Queue[HostBuffer] = queue.Queue()
@@ -123,7 +126,9 @@ class CheckpointWriter:
         failure = self._take_failure()
         try:
             buffer.clear()
-            save = _Save(step, frozen_state, [_place(buffer, fragment) for fragment in fragments], buffer)
+            save = _Save(
+                step, frozen_state, [_place(buffer, fragment) for fragment in fragments], buffer, began
+            )
         except BaseException:
             self._free.put(buffer)
             raise
@@ -197,6 +202,7 @@ class CheckpointWriter:
                     save.state,
                     timeout_s=self._timeout_s,
                 )
+                self.last_took_s = time.monotonic() - save.began
                 self.last_committed = save.step
         except Exception as error:
             self._failure = error

@@ -232,6 +232,10 @@ def _fleet(verb: Verb) -> None:
         subs[name].add_argument(
             "--no-wait", dest="wait", action="store_false", help="do not follow the run to its end"
         )
+    subs["submit"].add_argument(
+        "--profile",
+        help="fleet profile: its address and storage where none is given, and whether a checkpoint fits its grace time",
+    )
     subs["logs"].add_argument("--follow", action="store_true", help="until the run ends")
     subs["stop"].add_argument(
         "--timeout", type=float, default=120.0, help="seconds that it has to save and end (default 120)"

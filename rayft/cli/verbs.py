@@ -205,7 +205,7 @@ def submit(args: argparse.Namespace) -> int:
     """Send a job to a Ray cluster and follow it; ends with the run's own exit code."""
     from rayft.fleet.submit import submit as submit_job
 
-    return submit_job(args.job, args.overrides, args.address, wait=args.wait)
+    return submit_job(args.job, args.overrides, args.address, wait=args.wait, profile=args.profile)
 
 
 def resume(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import rayft
 from rayft.errors import JobError
 from rayft.fleet.client import Client
+from rayft.fleet.owner import submitter
 
 #: Keys of a submission's metadata: whose it is, and where its results are.
 RUN, STORAGE, ATTEMPT, PACKAGE, VERSION = (
@@ -84,5 +85,6 @@ def last_attempt(client: Client, run: str) -> Attempt:
 
 
 def describe(run: str, number: int, run_uri: str, package: str) -> dict[str, str]:
-    """The metadata of a new attempt."""
-    return {RUN: run, ATTEMPT: str(number), STORAGE: run_uri, PACKAGE: package, VERSION: rayft.__version__}
+    """The metadata of a new attempt, with whose it is."""
+    own = {RUN: run, ATTEMPT: str(number), STORAGE: run_uri, PACKAGE: package, VERSION: rayft.__version__}
+    return own | submitter()

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayft.errors import DataError, JobError
+from rayft.fleet.functions import files_of_function
+from rayft.fleet.runs import on_storage, refuse_another_name
 from rayft.report.text import gib
 from rayft.spec import Job, dump_job
 from rayft.spec.search import jobs_of_lists
@@ -41,12 +43,13 @@ SKIPPED_OF_RUNS = {"checkpoints", "rollouts", "stacks", "log", "log.jsonl", "rep
 
 @dataclass(frozen=True)
 class Package:
-    """A folder with everything of a job, named by its content."""
+    """A folder with everything of a job, named by its content. notes: what of the job was changed, for people."""
 
     folder: Path
     digest: str
     files: int
     size: int
+    notes: tuple[str, ...] = ()
 
 
 def package(
@@ -58,6 +61,7 @@ def package(
     """
     here = (here or Path.cwd()).absolute()
     refuse_scratch(job)
+    job, notes = _with_runs(job, here)
     files = dict(_files_of(job, here))
     size = sum(path.stat().st_size for path in files.values())
     if size > limit:
@@ -88,7 +92,8 @@ def package(
         except OSError:  # somebody was faster with the same content
             shutil.rmtree(half, ignore_errors=True)
     os.utime(folder)
-    return Package(folder, key, len(files) + len(texts), size + sum(len(text) for text in texts.values()))
+    whole = size + sum(len(text) for text in texts.values())
+    return Package(folder, key, len(files) + len(texts), whole, tuple(notes))
 
 
 def packages_of(run: str, home: Path | None = None) -> Path:
@@ -104,6 +109,17 @@ def refuse_scratch(job: Job) -> None:
                 f"{key}: {uri!r} is relative, and the folder in which a submitted job runs is deleted after it.",
                 f"Give {key}=s3://BUCKET/PREFIX, or the absolute path of a folder that all nodes share.",
             )
+
+
+def _with_runs(job: Job, here: Path) -> tuple[Job, list[str]]:
+    """The job with runs that are not here named by their place on its storage, and what was changed."""
+
+    def stays(path: str) -> bool:
+        return (here / path).exists()
+
+    for key, trial in jobs_of_lists(job) if job.tune else ():
+        refuse_another_name(key, trial, on_storage(trial, job.storage, stays)[0])
+    return on_storage(job, job.storage, stays)
 
 
 def _files_of(job: Job, here: Path) -> Iterator[tuple[str, Path]]:
@@ -145,16 +161,8 @@ def _paths_of(job: Job, here: Path) -> Iterator[tuple[str, str]]:
     ]
     yield from ((key, text) for key, text in named if text)
     for reward in job.rewards:
-        if reward.type != "function":
-            continue
-        where = reward.path.rpartition(":")[0]
-        file = where if where.endswith(".py") else where.replace(".", "/") + ".py"
-        if where.endswith(".py"):
-            yield "rewards", file
-        if not Path(file).is_absolute() and (here / file).is_file():
-            # What a function imports from beside it.
-            beside = sorted((here / file).parent.glob("*.py"))
-            yield from (("rewards", os.path.relpath(path, here)) for path in beside)
+        if reward.type == "function":
+            yield from (("rewards", str(file)) for file in files_of_function(reward.path, here))
 
 
 def _files_in(folder: Path) -> Iterator[Path]:

@@ -74,7 +74,10 @@ def show(seen: Seen, console: Console) -> None:
         console.width = max(console.width, 160)
     console.print(nodes_table(seen.nodes, seen.findings))
     if seen.bandwidth is not None:
-        console.print(f"all-reduce over all nodes: {seen.bandwidth / 1e9:.2f} GB/s (bus bandwidth)")
+        console.print(
+            f"all-reduce over all nodes, one GPU or CPU process of each: {seen.bandwidth / 1e9:.2f} GB/s (bus bandwidth)",
+            soft_wrap=True,
+        )
     for finding in seen.findings:
         line = f"{finding.node}: {finding.text}"
         console.print(line, style="red", soft_wrap=True, highlight=False, markup=False)
@@ -248,6 +251,10 @@ def _network(
     if len(taking) < 2:
         notes.append("the network was not measured: fewer than two nodes that take work and have torch")
         return None
+    if len(taking) == 2:
+        notes.append(
+            "the network between two nodes is measured and not judged: nobody can tell whose fault a slow one is"
+        )
     with_gpus = all((nodes[key].facts.get("gpus", {}).get("torch") or {}).get("count") for key in taking)
     backend = "nccl" if with_gpus else "gloo"
     try:

@@ -86,10 +86,8 @@ def versions() -> dict[str, Any]:
 def look_at_gpus(counted: float) -> dict[str, Any]:
     """What the driver and torch say of the GPUs. `count` None: no driver tool here."""
     found: dict[str, Any] = {"counted": counted, "count": None, "errors": []}
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return found
-    found |= _driver(tool)
+    if tool := shutil.which("nvidia-smi"):
+        found |= _driver(tool)
     if (counted or found["count"]) and _version("torch"):
         found["torch"] = _torch()
     return found

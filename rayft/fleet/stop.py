@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import time
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from rayft.fleet.attempts import Attempt, attempt_of, last_attempt
 from rayft.fleet.client import Client
 from rayft.fleet.follow import POLL_S, say_outcome
 from rayft.fleet.outcome import RunFolder, outcome_of
+from rayft.fleet.owner import login_name
 
 
 def stop(run: str, address: str | None, *, timeout_s: float, console: Console | None = None) -> int:
@@ -48,7 +48,7 @@ def ask(attempt: Attempt, console: Console) -> bool:
     store = RunFolder(attempt.run_uri).store
     try:
         if store is not None:
-            request_stop(store, f"rayft stop by {_user()}", attempt.submission)
+            request_stop(store, f"rayft stop by {login_name() or 'somebody'}", attempt.submission)
             _say(f"Asked {attempt.submission} to save and end.", console)
             return True
         why = "it is not a folder of this machine"
@@ -68,13 +68,6 @@ def wait_for_end(client: Client, attempt: Attempt, timeout_s: float) -> Attempt:
         time.sleep(POLL_S)
         attempt = attempt_of(client.info(attempt.submission)) or attempt
     return attempt
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "somebody"
 
 
 def _say(text: str, console: Console) -> None:

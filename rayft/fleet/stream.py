@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
 
+from rayft.fleet.attempts import attempt_of
 from rayft.fleet.client import Client
 
+_LOG = logging.getLogger(__name__)
 #: Tries that bring nothing before the stream is given up, and the pause between them in seconds.
 TRIES = 3
 PAUSE_S = 2.0
 
 
 class LogStream:
-    """Follows the log of a submission in a thread of its own and hands new text to `write`."""
+    """Follows the log of a submission in a thread of its own and hands new text to `write`. lost: it has given up."""
 
     def __init__(self, client: Client, submission: str, write: Callable[[str], None]) -> None:
         self.lost = False
@@ -36,11 +39,18 @@ class LogStream:
             before = self._shown
             try:
                 asyncio.run(self._tail())
-                return
-            except Exception:
-                tries = 1 if self._shown > before else tries + 1
-                time.sleep(PAUSE_S)
+                if not self._live():
+                    return
+            except Exception as error:
+                _LOG.debug("the log stream broke: %s", error)
+            tries = 1 if self._shown > before else tries + 1
+            time.sleep(PAUSE_S)
         self.lost = True
+
+    def _live(self) -> bool:
+        """Whether there is more to come: what lies between here and the cluster also ends streams as if all were said."""
+        attempt = attempt_of(self._client.info(self._submission))
+        return attempt is not None and attempt.live
 
     async def _tail(self) -> None:
         """The stream always begins at the beginning; what was shown before a break is left out."""

@@ -18,10 +18,13 @@ from rayft.fleet.attempts import Attempt, attempt_of, attempts_of, describe
 from rayft.fleet.client import Client
 from rayft.fleet.follow import follow
 from rayft.fleet.outcome import RunFolder
-from rayft.fleet.package import ENTRYPOINT, Package, package, packages_of
+from rayft.fleet.package import ENTRYPOINT, JOB_FILE, Package, package, packages_of
+from rayft.fleet.runs import DEFAULT
+from rayft.fleet.saving import saving_line, saving_on
 from rayft.fleet.version import SUBMITTER_VERSION
 from rayft.report.text import gib
 from rayft.spec import Job, load_job
+from rayft.spec.profile import load_profile
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,33 @@ class Submission:
 
 
 def submit(
-    job_file: str, overrides: list[str], address: str | None, *, wait: bool, console: Console | None = None
+    job_file: str,
+    overrides: list[str],
+    address: str | None,
+    *,
+    wait: bool,
+    profile: str | None = None,
+    console: Console | None = None,
 ) -> int:
-    """Send a job to a cluster; returns the run's exit code, or 0 at once without `wait`."""
+    """Send a job to a cluster; returns the run's exit code, or 0 at once without `wait`.
+
+    profile: of the fleet that the cluster is on. Its address and storage stand where none is given, and it says whether a
+    checkpoint fits; raises ResourceError for one that does not where it refuses that.
+    """
     console = console or Console()
     job = load_job(job_file, overrides)
+    fleet = load_profile(profile) if profile else None
+    if fleet is not None:
+        address = address or fleet.address
+        if job.storage == DEFAULT:
+            job = job.model_copy(update={"storage": fleet.storage})
     packed = package(job)
     client = Client(address)
     client.refuse_other_ray()
     say_package(packed, console)
+    if fleet is not None:
+        line = saving_line(saving_on(load_job(packed.folder / JOB_FILE), fleet), fleet)
+        console.print(escape(line), soft_wrap=True, highlight=False)
     run_uri = run_uri_of(job)
     return send(client, job.name, run_uri, str(packed.folder), packed.digest, wait=wait, console=console)
 
@@ -170,6 +191,8 @@ def run_uri_of(job: Job) -> str:
 
 
 def say_package(packed: Package, console: Console) -> None:
-    """What travels with the job."""
+    """What travels with the job, and what it is named there."""
+    for note in packed.notes:
+        console.print(escape(note), soft_wrap=True, highlight=False)
     size = gib(packed.size) if packed.size >= 1 << 20 else f"{packed.size / 1024:.0f} KiB"
     console.print(f"{packed.files} files, {size}, go with the job.", soft_wrap=True, highlight=False)

@@ -111,6 +111,11 @@ def _gpus(nodes: Sequence[Node]) -> list[Finding]:
         counted, count, torch = facts.get("counted") or 0, facts.get("count"), facts.get("torch") or {}
         if count is not None and count < counted:
             found.append(Finding(name, "gpus", f"the driver sees {count} GPUs and Ray counts {counted:g}"))
+        if count is None and counted:  # Ray was told of GPUs, or found device files
+            seen = f"torch sees {torch['count']}" if "count" in torch else "nothing here can look at them"
+            if torch.get("count", 0) < counted:
+                text = f"Ray counts {counted:g} GPUs; there is no nvidia-smi, and {seen}"
+                found.append(Finding(name, "gpus", text))
         if "error" in torch:
             found.append(Finding(name, "gpus", torch["error"]))
         elif torch and count and torch["count"] < count:

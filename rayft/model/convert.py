@@ -44,12 +44,15 @@ def _convert(source: Path, target: Path) -> None:
 
     logging.disable_progress_bar()
     folder, gguf = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})
+    # Nothing of the source is run: not its code, which transformers would ask for at a terminal, and no pickled object.
+    safe: dict[str, Any] = {"trust_remote_code": False, **gguf}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, weights_only=True, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
     except Exception as error:  # a damaged file raises whatever its parser stumbles over
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise JobError(
-            f"transformers cannot read the model {source}: {error}.",
+            f"transformers cannot read the model {source}: {reason}.",
             "Give the model as safetensors in Hugging Face format.",
         ) from None
     _drop_quantization_marker(model)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rayft.plan.architecture import Architecture
 from rayft.plan.memory import of_method, with_score_heads
@@ -12,6 +13,8 @@ from rayft.spec import Job
 
 #: Seconds until every rank knows of the notice and has come to the border of a micro-batch, where that takes less.
 NOTICE_S = 3.0
+#: So many checkpoints of a run's log say how long the next one may take.
+LATEST = 5
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,16 @@ def estimated(size: int, nodes: int, node_mb_per_s: float, given_s: float) -> Sa
     """The time for `size` bytes where every node writes its part."""
     source = f"{size / 1e9:.1f} GB over {nodes} node{'s' if nodes > 1 else ''} at {node_mb_per_s:g} MB/s each, estimated"
     return SaveTime(size / (nodes * node_mb_per_s * 1e6), given_s, source)
+
+
+def measured(rows: Iterable[Mapping[str, Any]], given_s: float) -> SaveTime | None:
+    """The longest of the last checkpoints by a run's log; None where it tells of none."""
+    took = [
+        float(row["took_s"])
+        for row in rows
+        if row.get("event") == "checkpoint" and isinstance(row.get("took_s"), int | float)
+    ][-LATEST:]
+    if not took:
+        return None
+    which = f"the longest of this run's last {len(took)}" if len(took) > 1 else "this run's only one so far"
+    return SaveTime(max(took), given_s, f"{which}, measured")

@@ -11,7 +11,8 @@ Rows (every row also gets `time` in seconds since 1970, `epoch` of the lease and
         "trained", "uniform" (answered, and dropped since their answers all had the same reward), "too_long"}: what became of them
     {"kind": "suites", "when": "before" | "after", "step", "results": {suite: {metric: value}}, "took_s"}
     {"kind": "event", "event", "message", ...}; `open` (a driver starts) carries `began`, `user`, `team` and `devices` asked for,
-        `start` and `resume` (an attempt begins) `resumed_step` and `devices` held, `end` `code` and `terminal`; any may carry
+        `start` and `resume` (an attempt begins) `resumed_step` and `devices` held, `checkpoint` (it is committed) its `step` and,
+        where Ray Train drives the run, `took_s` since it was begun, `end` `code` and `terminal`; any may carry
         `waited: [from, to]`, when there was no room on the cluster
 
 A local run folder has `log.jsonl`. An object store cannot append, so there the log is a series of segments

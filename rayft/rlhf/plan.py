@@ -151,9 +151,8 @@ def critic_job(job: Job, tokenizer: Any, node_dir: Path, say: Callable[[str], No
     if reason:
         say(f"critic: begins as the policy, not as the reward model {path}: {reason}")
         return parse_job(values)
-    kept = {
-        name: value for name, value in values["model"].items() if name in ("attention", "trust_remote_code")
-    }
+    trusted = ("trust_remote_code",) if path == job.model.path else ()
+    kept = {name: value for name, value in values["model"].items() if name in ("attention", *trusted)}
     return parse_job({**values, "model": {**kept, "path": path}})
 
 
@@ -162,6 +161,10 @@ def _unfit(path: str, job: Job, tokenizer: Any, node_dir: Path) -> str:
     spec = job.model.model_copy(
         update={"path": path, "tokenizer": None, "chat_template": None, "gguf_file": None}
     )
+    if (
+        path != job.model.path
+    ):  # the job says of the policy's folder alone that its code may run, and which revision it is
+        spec = spec.model_copy(update={"trust_remote_code": False, "revision": None})
     files = resolve_model(spec, node_dir)
     config: Any = load_config(files, spec)
     if load_tokenizer(files, spec).get_vocab() != tokenizer.get_vocab():

@@ -32,6 +32,7 @@ from rayft.spec.secrets import looks_secret
 
 #: Set by rayft in every pod; a profile that set them too would break what they hold together.
 OWN_VARIABLES = (
+    "HF_HOME",
     "HOME",
     "RAYFT_CACHE",
     "RAYFT_CACHE_GB",
@@ -113,7 +114,8 @@ class Head(Group):
     cpus: PositiveInt = 2
     memory_gib: Annotated[float, Field(ge=2)] = 8.0
     scratch_gib: PositiveInt = Field(
-        50, description="Disk: temporary files, and the model, which it looks at too."
+        50,
+        description="Disk: temporary files (5 GiB, or half of less than 10), and the cache for the model, which it looks at too.",
     )
     selector: LabelMap = Field(default_factory=dict, description="Best nodes that are not taken away.")
     tolerations: list[Toleration] = Field(default_factory=list)
@@ -150,7 +152,8 @@ class CheckpointTime(Group):
 
     node_mb_per_s: PositiveFloat = Field(200.0, description="MB/s that one node writes to storage.")
     too_slow: Literal["refuse", "warn"] = Field(
-        "refuse", description="What a checkpoint that does not fit the workers' drain time does."
+        "refuse",
+        description="What a checkpoint that does not fit the workers' drain time does; one whose time is not known never refuses.",
     )
 
 
@@ -247,7 +250,9 @@ class Profile(Group):
     """A whole profile."""
 
     name: Label
-    address: str | None = Field(None, description="Job API of a standing cluster, for `rayft submit`.")
+    address: str | None = Field(
+        None, description="Job API of a standing cluster, for `rayft submit --profile`."
+    )
     namespace: Namespace = "default"
     image: Image
     image_pull_secrets: list[ObjectName] = Field(default_factory=list)
@@ -317,11 +322,6 @@ class Profile(Group):
     def in_s3(self) -> bool:
         """Whether the submitter can reach storage too."""
         return self.storage.startswith("s3://")
-
-    @property
-    def search_gpus(self) -> int:
-        """GPUs that a search may take at once."""
-        return int(self.limits.gpus * self.search_share)
 
 
 def load_profile(name: str | Path) -> Profile:

@@ -112,7 +112,8 @@ class CacheFolder:
             self._make_room(name, "", 0)  # what was made may be larger than it was estimated
 
     def bound(self) -> int:
-        """Bytes that the cache may keep: RAYFT_CACHE_GB, by default half of what the disk has for it."""
+        """Bytes that the cache may keep: RAYFT_CACHE_GB without what the hub's own cache has of it (HF_HOME, where that lies in
+        this folder); by default half of what the disk has for it."""
         if self._bound is not None:
             return self._bound
         text = os.environ.get("RAYFT_CACHE_GB", "")
@@ -126,7 +127,7 @@ class CacheFolder:
             raise JobError(
                 f"RAYFT_CACHE_GB is {text!r}, which is no number of gigabytes.", "Set it to one, such as 200."
             )
-        return int(gigabytes * 1e9)
+        return max(0, int(gigabytes * 1e9) - self._of_the_hub())
 
     def survey(self) -> list[CacheEntry]:
         """All entries, the one used last first."""
@@ -141,6 +142,10 @@ class CacheFolder:
             for entry in entries:
                 self._evict(entry)
         return entries
+
+    def _of_the_hub(self) -> int:
+        home = Path(os.environ.get("HF_HOME") or "~").expanduser().absolute()
+        return bytes_on_disk(home) if self.root in home.parents else 0
 
     def _make_room(self, name: str, what: str, need: int) -> None:
         """Evict what was used longest ago until `need` more bytes are within the bound and on the disk."""

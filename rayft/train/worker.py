@@ -311,7 +311,8 @@ class Worker:
 
     def _look_at_commits(self) -> None:
         if self.rank == 0 and (committed := self.retention.look()) is not None:
-            self._tell("event", "checkpoint", f"step {committed} is committed", step=committed)
+            took_s = round(self.writer.last_took_s, 3)
+            self._tell("event", "checkpoint", f"step {committed} is committed", step=committed, took_s=took_s)
 
     def _checkpoint_failed(self, error: StorageError, *, last: bool = False) -> None:
         if self.job.checkpoint.on_failure == "stop" or last:

@@ -27,6 +27,7 @@ from rayft.storage import LocalStore, open_store
 from tests.cluster import rewards
 from tests.cluster.steps import prepare_folder, small_job
 from tests.fault.test_rlhf_kill import facts
+from tests.light import without_torch
 from tests.runs import ROOT, assert_same_state, events, step_reached, wait_until, write_job
 from tests.s3 import aws_variables
 from tests.searches import RATE
@@ -38,6 +39,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LONG = 200
 #: Seconds that a machine may take that others work on too.
 WAIT_S = 600
+#: What nodes and submitters have in their environment, and nobody may find anywhere else.
+SECRETS = {
+    "HF_TOKEN": "hf_planted0nodesand0submitters000000",
+    "AWS_SECRET_ACCESS_KEY": "planted/secret+key/of0nodes00000000000000",
+    "WANDB_API_KEY": "planted0planted0planted0planted0planted0",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(folder: Path, s3_server: str) -> Iterator[LocalCluster]:
     """A head without work and two nodes with one CPU each; they know the S3 server as a fleet's nodes do, and no job says its keys."""
     more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAYFT_CACHE": str(folder / "node")}
-    more |= aws_variables(s3_server)
+    more |= aws_variables(s3_server) | SECRETS
     with LocalCluster(2, 1, drain_s=0, environment=more) as started:
         yield started
 
@@ -71,7 +78,7 @@ def here(folder: Path, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("RAYFT_CACHE", str(folder / "client"))
-    for name, value in cluster.client_environment.items():
+    for name, value in (cluster.client_environment | SECRETS).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     return cluster
@@ -177,13 +184,52 @@ def test_a_run_is_submitted_followed_stopped_and_resumed(
     code, out = rayft("resume", "walk")
     assert (code, "is done" in out) == (0, True), out
 
-    token = here.token_path.read_text()
-    assert token not in said
-    for place in (folder, here.folder):
+    assert events(store_of(folder, "walk"), "checkpoint")[-1]["took_s"] > 0
+    refuse_secrets(here, folder, said)
+
+
+def refuse_secrets(cluster: LocalCluster, folder: Path, said: str) -> None:
+    """No secret in what was said, in run folders and packages, or in what Ray leaves."""
+    hidden = [cluster.token_path.read_text(), *SECRETS.values()]
+    assert [secret for secret in hidden if secret in said] == []
+    for place in (folder, cluster.folder):
         for path in place.rglob("*"):
-            if path.is_file() and path != here.token_path:
+            if path.is_file() and path != cluster.token_path:
                 with contextlib.suppress(OSError):  # sockets and what has just gone
-                    assert token.encode() not in path.read_bytes(), path
+                    content = path.read_bytes()
+                    assert [secret for secret in hidden if secret.encode() in content] == [], path
+
+
+def test_a_file_of_jobs_is_submitted_where_there_is_no_torch(
+    here: LocalCluster, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it lies in the repository but for its model and its length, by whoever says that he is ann."""
+    monkeypatch.chdir(ROOT)
+    said, at = "", ["--address", here.address]
+
+    def rayft(*arguments: str) -> str:
+        nonlocal said
+        done = without_torch(
+            *arguments, *at, timeout_s=2 * WAIT_S, RAYFT_USER="ann", RAYFT_TEAM="nlp", COLUMNS="200"
+        )
+        said += done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    shorter = [
+        *("name=lora", f"storage={folder / 'shared'}", f"model.path={folder / 'model'}"),
+        *("train.max_steps=2", "train.global_batch_size=4", "eval.suites=[]"),
+    ]
+    out = rayft("submit", "jobs/sft_lora.yaml", *shorter)
+    assert "lora-1 ended with code 0, done" in out
+    assert "step 2" in rayft("logs", "lora")
+    assert ["lora", "lora-1", "succeeded", "0"] in [line.split()[:4] for line in rayft("list").splitlines()]
+    assert "step 2, loss" in rayft("status", "lora")
+    assert "has ended" in rayft("stop", "lora")
+    assert "is done" in rayft("resume", "lora")
+    opened = events(store_of(folder, "lora"), "open")[-1]
+    assert (opened["user"], opened["team"]) == ("ann", "nlp")
+    refuse_secrets(here, folder, said)
 
 
 @pytest.mark.full

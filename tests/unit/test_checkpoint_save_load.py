@@ -180,6 +180,7 @@ def test_a_full_backlog_blocks_and_fragments_may_be_generated(tmp_path: Path) ->
     release.set()
     waiting.join(60)
     writer.close()
+    assert writer.last_took_s > 0
     assert (writer.last_committed, writer.busy, committed_steps(LocalStore(tmp_path))) == (
         3,
         False,

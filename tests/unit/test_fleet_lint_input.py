@@ -49,9 +49,17 @@ def test_a_line_for_each_finding_and_2_for_errors(tmp_path: Path, capsys: pytest
 
 
 def test_warnings_alone_return_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path / "job.yaml", patched({"cluster/authOptions": None}))
+    path = write(tmp_path / "job.yaml", patched({"pod/automountServiceAccountToken": None}))
     assert main(["k8s", "lint", path]) == 0
-    assert "warning [token]" in capsys.readouterr().out
+    assert "warning [service-account-token]" in capsys.readouterr().out
+
+
+def test_a_job_api_that_asks_for_no_token_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "job.yaml", patched({"cluster/authOptions": None}))
+    assert main(["k8s", "lint", path]) == 2
+    assert "error [token]" in capsys.readouterr().out
 
 
 def test_silenced_findings_are_mentioned_and_do_not_count(

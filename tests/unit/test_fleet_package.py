@@ -78,6 +78,42 @@ def test_only_what_the_job_names_travels(here: Path, tmp_path: Path) -> None:
     assert packed.files == 6
 
 
+def test_a_function_of_a_module_here_travels_too(here: Path, tmp_path: Path) -> None:
+    rewards = [{"name": "right", "type": "function", "path": "rewards.right:f"}]
+    wanted = job(method="grpo", rewards=rewards, train={"global_batch_size": 4, "max_steps": 1})
+    packed = package(wanted, here=here, home=tmp_path / "home")
+    assert {"rewards/right.py", "rewards/sibling.py"} <= names(packed.folder)
+
+
+def test_runs_that_are_not_here_are_those_of_the_storage(here: Path, tmp_path: Path) -> None:
+    (here / "runs" / "here").mkdir(parents=True)
+    (here / "runs" / "here" / "config.json").write_text("{}")
+    wanted = job(
+        method="grpo",
+        storage="s3://b/team/",
+        model={"path": "runs/sft", "tokenizer": "runs/here"},
+        rewards=[{"name": "liked", "type": "model", "path": "runs/judge"}],
+        checkpoint={"fork_from": "runs/mine@40"},
+        train={"global_batch_size": 4, "max_steps": 1},
+    )
+    packed = package(wanted, here=here, home=tmp_path / "home")
+    there = load_job(packed.folder / "job.yaml")
+    assert (there.model.path, there.model.tokenizer) == ("s3://b/team/sft", "runs/here")
+    assert there.rewards[0].path == "s3://b/team/judge"
+    assert there.checkpoint.fork_from == "s3://b/team/mine@40"
+    assert "model.path runs/sft is read from s3://b/team/sft." in packed.notes
+    assert "runs/here/config.json" in names(packed.folder)
+
+
+def test_a_run_in_a_list_of_values_is_refused(here: Path, tmp_path: Path) -> None:
+    space = {"model.path": {"choice": ["runs/a", "runs/b"]}}
+    wanted = job(
+        tune={"space": space, "metric": "train.loss"}, train={"global_batch_size": 4, "max_steps": 1}
+    )
+    with pytest.raises(JobError, match=r"tune\.space\.model\.path: 'runs/a' would have another name"):
+        package(wanted, here=here, home=tmp_path / "home")
+
+
 def test_a_package_is_known_by_its_content(here: Path, tmp_path: Path) -> None:
     first = package(job(), here=here, home=tmp_path / "home")
     assert package(job(), here=here, home=tmp_path / "home") == first
@@ -103,6 +139,7 @@ def test_too_much_is_refused_with_the_largest_file_and_a_remedy(here: Path, tmp_
             {"data": {"train": [{"path": "data/rows.jsonl"}], "cache": "cache"}},
             r"data\.cache: 'cache' is relative",
         ),
+        ({"checkpoint": {"fork_from": "mine@40"}}, "fork_from mine is a folder of this machine"),
         ({"data": {"train": [{"path": "../rows.jsonl"}]}}, "outside of the folder"),
         ({"data": {"train": [{"path": "data/nothing.jsonl"}]}}, "no file or folder data/nothing.jsonl"),
     ],

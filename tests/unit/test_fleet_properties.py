@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +17,26 @@ from rayft.fleet.render.run import Rendered, render
 from rayft.spec import Job, parse_job
 from rayft.spec.profile import Profile, parse_profile
 from tests.fleets import large, small
-from tests.rendered import pods_of, problems
+from tests.rendered import pods_of, wrong
 
 ARCHITECTURES = {"small": small(), "large": large(), "unknown": None}
 words = st.from_regex(r"[a-z]([-a-z0-9]{0,10}[a-z0-9])?", fullmatch=True)
 labels = st.from_regex(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,20}[A-Za-z0-9])?", fullmatch=True)
 keys = st.sampled_from(["example.com/pool", "kubernetes.io/os", "pool", "a.b-c/d_e.f"])
 plain = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=20)
+
+
+#: Rows that lie where the command runs, and outside of it.
+HERE = ("rows.jsonl", "rows", "../beside.jsonl")
+
+
+@pytest.fixture
+def _where_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    for name in ("rows.jsonl", "rows/a.jsonl", "../beside.jsonl", "rewards/right.py", "rewards/sibling.py"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text("{}\n")
+    monkeypatch.chdir(work)
 
 
 @st.composite
@@ -72,11 +86,19 @@ def profiles(draw: st.DrawFn) -> Profile:
             st.dictionaries(words.filter(lambda w: w != "head"), node_types(queue), min_size=1, max_size=3)
         ),
         "head": {"cpus": draw(st.integers(1, 8)), "memory_gib": draw(st.sampled_from([2, 4.5, 16]))},
-        "limits": {"gpus": draw(st.integers(0, 200)), "workers": draw(st.integers(1, 200)), "upload_mb": 1},
+        "limits": {
+            "gpus": draw(st.integers(0, 200)),
+            "workers": draw(st.integers(1, 200)),
+            "upload_mb": 1,
+            "hours": draw(st.sampled_from([0.5, 12, 72])),
+        },
+        "grace": draw(
+            st.sampled_from([{}, {"worker_s": 25, "worker_drain_s": 15, "head_s": 40, "head_drain_s": 30}])
+        ),
         "network_policy": {
             "operator_namespace": draw(words),
             "metrics_namespaces": draw(st.lists(words, max_size=2)),
-            "egress_ports": draw(st.lists(st.integers(1, 65535), max_size=3)),
+            "egress_ports": draw(st.lists(st.integers(1, 65535) | st.just(443), max_size=3)),
             "egress_cidrs": draw(st.lists(st.sampled_from(["0.0.0.0/0", "10.0.0.0/8", "::/0"]), max_size=3)),
         },
         "checkpoint": {
@@ -116,9 +138,20 @@ def jobs(draw: st.DrawFn) -> Job:
     values: dict[str, Any] = {
         "name": draw(st.from_regex(r"[a-z0-9]([-a-z0-9_.]{0,61}[a-z0-9])?", fullmatch=True)),
         "method": method,
-        "model": {"path": "org/model", "revision": draw(st.none() | plain.filter(bool))},
+        "model": {
+            "path": draw(st.sampled_from(["org/model", "org/model", "runs/before"])),
+            "revision": draw(st.none() | plain.filter(bool)),
+        },
         "adapter": {"type": draw(st.sampled_from(["none", "lora"]))},
-        "data": {"train": [{"path": "s3://b/x.jsonl", "system": draw(plain)}], "max_length": 512},
+        "data": {
+            "train": [{"path": draw(st.sampled_from(["s3://b/x.jsonl", *HERE])), "system": draw(plain)}],
+            "max_length": 512,
+        },
+        "checkpoint": {
+            "fork_from": draw(
+                st.sampled_from([None, None, None, "runs/before@3", "s3://b/r@3", "../r@3", "/r@3"])
+            )
+        },
         "cluster": {
             "num_workers": [1, workers] if elastic else workers,
             "gpus_per_worker": gpus,
@@ -133,7 +166,10 @@ def jobs(draw: st.DrawFn) -> Job:
             "cpus": draw(st.sampled_from([1, 2.5])),
             "gpus": draw(st.sampled_from([0, 1])) if gpus else 0,
         }
-        values["rewards"] = [{"name": "right", "type": "http", "path": "https://rewards.example.com"}]
+        right = draw(
+            st.sampled_from([("http", "https://rewards.example.com"), ("function", "rewards/right.py:f")])
+        )
+        values["rewards"] = [{"name": "right", "type": right[0], "path": right[1]}]
         engines = draw(st.integers(0, 5))
         values["rollout"] = {"engines": engines, "max_new_tokens": 64}
         values["placement"] = {"rollout": apart} if engines and draw(st.booleans()) else {}
@@ -151,9 +187,9 @@ def jobs(draw: st.DrawFn) -> Job:
     return parse_job(values)
 
 
-def rendered(job: Job, profile: Profile, model: str) -> Rendered | None:
+def rendered(job: Job, profile: Profile, model: str, hours: float | None) -> Rendered | None:
     """The manifest, or None where it is refused in one sentence (and a remedy) that names no internals."""
-    wishes = Wishes("high" if profile.queue else None)
+    wishes = Wishes("high" if profile.queue else None, hours)
     try:
         if ARCHITECTURES[model] is None:
             from rayft.fleet.render.files import pack, travelling
@@ -177,13 +213,13 @@ def check_sentence(refusal: RayftError) -> None:
     assert refusal.remedy.endswith(".")
 
 
-def check(job: Job, profile: Profile, model: str) -> bool:
+def check(job: Job, profile: Profile, model: str, hours: float | None) -> bool:
     """Whether there is a manifest, which is then as it must be."""
-    made = rendered(job, profile, model)
+    made = rendered(job, profile, model, hours)
     if made is None:
         return False
-    for one in made.objects:
-        assert problems(one) == []
+    open_by_choice = ["token"] if profile.auth == "disabled" else []
+    assert wrong(made.objects, warnings=False, but=open_by_choice) == []
     rayjob = made.objects[-1]
     assert len(rayjob["metadata"]["name"]) <= 47
     head, *workers = pods_of(rayjob)
@@ -213,20 +249,27 @@ def look_at(examples: int, *, always_the_same: bool) -> int:
         derandomize=always_the_same,
         suppress_health_check=list(HealthCheck),
     )
-    @given(jobs(), profiles(), st.sampled_from(["small", "small", "large", "unknown"]))
-    def one(job: Job, profile: Profile, model: str) -> None:
-        made.append(check(job, profile, model))
+    @given(
+        jobs(),
+        profiles(),
+        st.sampled_from(["small", "small", "large", "unknown"]),
+        st.sampled_from([None, None, 0.25, 24, 100]),
+    )
+    def one(job: Job, profile: Profile, model: str, hours: float | None) -> None:
+        made.append(check(job, profile, model, hours))
 
     one()
     return sum(made)
 
 
+@pytest.mark.usefixtures("_where_files_are")
 def test_a_manifest_is_valid_or_refused() -> None:
     assert look_at(60, always_the_same=True) > 10
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1500)
+@pytest.mark.usefixtures("_where_files_are")
 def test_many_manifests_are_valid_or_refused() -> None:
     assert look_at(1000, always_the_same=False) > 200
 

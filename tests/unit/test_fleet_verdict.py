@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +103,34 @@ def test_a_gpu_that_fell_off_the_bus() -> None:
     ]
     nodes[0].facts["gpus"]["counted"] = 8.0
     assert ("10.0.0.1", "gpus", "the driver sees 7 GPUs and Ray counts 8") in told(nodes)
+
+
+@pytest.mark.parametrize(
+    ("torch", "text"),
+    [
+        ({"count": 0, "devices": []}, "torch sees 0"),
+        ({"count": 2, "devices": ["ok"] * 2}, "torch sees 2"),
+        (None, "nothing here can look at them"),
+        ({"count": 8, "devices": ["ok"] * 8}, ""),  # a maker's whose tool has another name
+    ],
+)
+def test_a_node_whose_driver_tool_is_missing(torch: dict[str, Any] | None, text: str) -> None:
+    nodes = cluster()
+    nodes[1].facts["gpus"] = {"counted": 8.0, "count": None, "errors": []} | (
+        {"torch": torch} if torch else {}
+    )
+    said = f"Ray counts 8 GPUs; there is no nvidia-smi, and {text}"
+    assert told(nodes) == ([("10.0.0.2", "gpus", said)] if text else [])
+
+
+def test_torch_is_asked_for_gpus_that_ray_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where there is no driver tool."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    facts = probe(None, "", 2.0)
+    assert facts["gpus"]["count"] is None
+    assert facts["gpus"]["torch"]["count"] == 0
+    [finding] = judge([Node("a", facts=facts)], Limits(min_disk_gb=0, min_shm_gb=0))
+    assert finding.text == "Ray counts 2 GPUs; there is no nvidia-smi, and torch sees 0"
 
 
 def test_nodes_without_gpus_among_others_are_no_fault() -> None:

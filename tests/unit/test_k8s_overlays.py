@@ -17,7 +17,10 @@ from rayft.fleet.lint.findings import Document
 from rayft.fleet.lint.quantity import quantity
 from rayft.fleet.lint.read import read
 from rayft.fleet.lint.views import Group, cluster_of
+from rayft.fleet.render.names import rayjob_name
+from rayft.fleet.render.run import render
 from rayft.spec import load_job
+from tests.fleets import job, large, profile, small
 from tests.shared import ROOT, shared_root
 
 K8S = ROOT / "k8s"
@@ -100,6 +103,49 @@ def test_the_job_in_them_is_a_job(name: str, tmp_path: Path) -> None:
     for row in job.data.train:
         local = str(row.path).startswith("/")
         assert not local or Path(str(row.path)).name in data, row.path
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_no_job_file_is_taken_for_the_run_that_an_overlay_starts(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The READMEs go on from an overlay to `rayft k8s render` of a file of jobs/, in the same namespace and storage."""
+    monkeypatch.chdir(ROOT)
+    files = (ROOT / "jobs").glob("*.yaml")
+    names = {rayjob_name(yaml.safe_load(path.read_text())["name"]) for path in files}
+    assert the(f"overlays/{name}", "RayJob").name not in names
+    own = {(each.kind, each.name, each.namespace) for each in built(f"overlays/{name}")}
+    run = job("demo", "model.path=HuggingFaceTB/SmolLM2-135M-Instruct")
+    made = render(run, profile("cpu"), architecture=small(), scorers={}).objects
+    assert own.isdisjoint(
+        (one["kind"], one["metadata"]["name"], one["metadata"]["namespace"]) for one in made
+    )
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_cache_holds_the_model_and_its_volume_the_cache(name: str) -> None:
+    """Of head and workers: the driver looks at the model's weights too."""
+    data = the(f"overlays/{name}", "ConfigMap").data["data"]
+    sizes = {"Qwen/Qwen3-8B": large(), "HuggingFaceTB/SmolLM2-135M-Instruct": small()}
+    model = sizes[yaml.safe_load(data["job.yaml"])["model"]["path"]]
+    cluster = cluster_of(the(f"overlays/{name}", "RayJob"))
+    assert cluster
+    for group in cluster.groups:
+        ray = group.pod.ray
+        assert ray
+        has = {one["name"]: one["value"] for one in ray.data["env"]}
+        mounts = {one["name"]: one["mountPath"] for one in ray.data["volumeMounts"]}
+        assert has["RAYFT_CACHE"] == mounts["cache"]
+        assert has["HF_HOME"].startswith(mounts["cache"] + "/")
+        limits = {
+            one["name"]: int(quantity(one["emptyDir"]["sizeLimit"]) or 0)
+            for one in group.pod.spec["volumes"]
+            if "emptyDir" in one and one["emptyDir"].get("medium") != "Memory"
+        }
+        bound = float(has["RAYFT_CACHE_GB"]) * 1e9
+        assert 0.7 * limits["cache"] < bound < 0.95 * limits["cache"]
+        assert 2 * model.total < bound, "weights in 16 bits"
+        assert sum(limits.values()) <= (quantity(ray.resources("limits")["ephemeral-storage"]) or 0)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

@@ -89,9 +89,5 @@ def test_a_variable_that_only_names_a_place_is_no_secret() -> None:
     assert len(made.environment) == 2
 
 
-def test_search_gets_its_share() -> None:
-    assert parse_profile(values(limits={"gpus": 10}, search_share=0.25)).search_gpus == 2
-
-
 def test_profiles_are_all_tested() -> None:
     assert {path.stem for path in (ROOT / "cluster" / "profiles").glob("*.yaml")} == set(PROFILES)

@@ -71,6 +71,22 @@ def test_what_was_used_longest_ago_goes_and_what_is_in_use_stays(
     assert names(tmp_path) == "a"
 
 
+def test_what_the_hubs_cache_has_of_the_folder_is_taken_off_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYFT_CACHE_GB", "0.005")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache" / "hub"))
+    folder = NodeCache(tmp_path / "cache").folder
+    assert folder.bound() == 5 * MB
+    blobs = tmp_path / "cache" / "hub" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "a").write_bytes(b"a" * 2 * MB)
+    (blobs / "snapshot").symlink_to("a")
+    assert 2.9 * MB < folder.bound() <= 3 * MB
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "elsewhere"))
+    assert folder.bound() == 5 * MB
+
+
 def test_leftovers_of_dead_downloads_go_first(
     s3_bucket: str, s3_proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

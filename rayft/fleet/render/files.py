@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from rayft.errors import DataError, JobError
+from rayft.fleet.functions import files_of_function
 from rayft.fleet.render.manifest import Travelling
 from rayft.fleet.render.pods import JOB_FOLDER
 from rayft.fleet.render.secrets import refuse_secrets
+from rayft.fleet.runs import fork_refused, on_storage, refuse_another_name
 from rayft.model.locate import is_hub_id
 from rayft.spec import Job, parse_job
 from rayft.spec.profile import Profile
@@ -66,12 +68,14 @@ class Packed:
 def pack(job: Job, profile: Profile) -> Packed:
     """Find local files, and name them as the run will. Raises JobError, DataError for what cannot travel."""
     packed = Packed(job)
-    values = job.model_dump(mode="json")
     own = _storage(job, profile, packed.notes)
+    moved, said = on_storage(job, own)
+    packed.notes += said
+    values = moved.model_dump(mode="json")
 
     def model(group: dict[str, Any], key: str, where: str) -> None:
         if group.get(key) is not None:
-            group[key] = _model(group[key], where, job, own, profile, packed.notes)
+            group[key] = _model(group[key], where, own, profile)
 
     def file(group: dict[str, Any], key: str, where: str) -> None:
         if group.get(key) is not None:
@@ -93,18 +97,13 @@ def pack(job: Job, profile: Profile) -> Packed:
         where = f"rewards.{index}.path"
         if source["type"] == "model":
             model(source, "path", where)
-        elif source["type"] == "function" and (found := source["path"].rpartition(":"))[0].endswith(".py"):
-            source["path"] = f"{_add(Path(found[0]).expanduser(), where, packed)}:{found[2]}"
-    _refuse_local_places(job, profile)
+        elif source["type"] == "function":
+            source["path"] = _function(source["path"], where, packed)
+    _refuse_local_places(moved, own, profile)
     packed.job = parse_job({**values, "storage": own})
     for key, trial in jobs_of_lists(job) if job.tune else ():
         there = pack(trial, profile)
-        if _value(there.job, key) != _value(trial, key):
-            raise JobError(
-                f"tune.space.{key}: {_value(trial, key)!r} would have another name where the trials run, and lists of values stay as "
-                "they are.",
-                "Name a hub id, or what lies on storage, by its place there.",
-            )
+        refuse_another_name(key, trial, there.job)
         packed.files |= there.files
     return packed
 
@@ -140,7 +139,7 @@ def _storage(job: Job, profile: Profile, notes: list[str]) -> str:
     return given
 
 
-def _model(path: str, where: str, job: Job, own: str, profile: Profile, notes: list[str]) -> str:
+def _model(path: str, where: str, own: str, profile: Profile) -> str:
     """A model that the run's nodes can read."""
     if "://" in path and not path.startswith("file://"):
         return path
@@ -151,13 +150,7 @@ def _model(path: str, where: str, job: Job, own: str, profile: Profile, notes: l
             f"{where}: the image of profile {profile.name} is not said to hold {path} (packages).",
             "Name a hub id or an s3:// folder, or put the package into the image and into the profile.",
         )
-    local = path.removeprefix("file://")
-    runs = f"{job.storage.rstrip('/')}/"
-    if local.startswith(runs) and ".." not in local.split("/"):
-        moved = f"{own}/{local.removeprefix(runs)}"
-        notes.append(f"{where} {path} is read from {moved}.")
-        return moved
-    if _on_volume(local, profile) or is_hub_id(path):
+    if _on_volume(path.removeprefix("file://"), profile) or is_hub_id(path):
         return path
     raise JobError(
         f"{where} {path} is a folder or file of this machine, and models do not travel with a job.",
@@ -188,6 +181,14 @@ def _rows(path: str, where: str, packed: Packed, profile: Profile) -> str:
     )
 
 
+def _function(path: str, where: str, packed: Packed) -> str:
+    """A reward function, with the modules beside its file."""
+    files = files_of_function(path, Path.cwd())
+    names = [_add(file, where, packed, below=file.parent) for file in files]
+    named, _, function = path.rpartition(":")
+    return f"{names[0]}:{function}" if named.endswith(".py") else path
+
+
 def _add(file: Path, where: str, packed: Packed, below: Path | None = None) -> str:
     """Take a file along; its name in the working directory. What lies outside of the current folder gets a folder of its own,
     named by where it lies, so that names never climb."""
@@ -207,8 +208,11 @@ def _add(file: Path, where: str, packed: Packed, below: Path | None = None) -> s
     return name
 
 
-def _refuse_local_places(job: Job, profile: Profile) -> None:
-    """Places that the run writes to must outlive its pods."""
+def _refuse_local_places(job: Job, own: str, profile: Profile) -> None:
+    """Places that the run writes to must outlive its pods, and those that it begins from be there."""
+    fork = job.checkpoint.fork
+    if fork and not (fork[0].startswith("s3://") or _on_volume(fork[0], profile)):
+        raise fork_refused(fork[0], own)
     cache = job.data.cache
     outlives = cache is None or cache.startswith("s3://") or _on_volume(cache, profile)
     if not outlives:
@@ -221,14 +225,6 @@ def _refuse_local_places(job: Job, profile: Profile) -> None:
             f"log.mlflow {job.log.mlflow} is a folder of the pod, which is lost with it.",
             "Give the URI of a tracking server.",
         )
-
-
-def _value(job: Job, key: str) -> Any:
-    """What a job has at a dotted key."""
-    node: Any = job.model_dump(mode="json")
-    for part in key.split("."):
-        node = node[int(part)] if isinstance(node, list) else (node or {}).get(part)
-    return node
 
 
 def _on_volume(path: str, profile: Profile) -> bool:

@@ -12,8 +12,9 @@ import yaml
 from rayft import __version__
 from rayft.errors import JobError
 from rayft.fleet.attempts import RUN, STORAGE, VERSION
+from rayft.fleet.owner import submitter
 from rayft.fleet.render.names import rayjob_name
-from rayft.fleet.render.network import network_policy
+from rayft.fleet.render.network import network_policy, refuse_closed_ports
 from rayft.fleet.render.pods import (
     JOB_FOLDER,
     RUN_LABEL,
@@ -81,6 +82,7 @@ def manifest(size: Size, profile: Profile, wishes: Wishes, travelling: Travellin
     _refuse_too_large(configmap)
     objects = [configmap]
     if profile.network_policy.enabled:
+        refuse_closed_ports(size.job, profile)
         objects.append(network_policy(name, labels, profile))
     objects.append(_rayjob(name, labels, size, profile, wishes, travelling))
     return objects
@@ -107,7 +109,12 @@ def _rayjob(
     spec: Object = {
         "submissionMode": "HTTPMode",
         "entrypoint": f"rayft run {JOB_FOLDER}/job.yaml",
-        "metadata": {RUN: job.name, STORAGE: f"{job.storage.rstrip('/')}/{job.name}", VERSION: __version__},
+        "metadata": {
+            RUN: job.name,
+            STORAGE: f"{job.storage.rstrip('/')}/{job.name}",
+            VERSION: __version__,
+            **submitter(),
+        },
         "backoffLimit": job.cluster.max_failures + profile.retries.preemptions,
         "activeDeadlineSeconds": _deadline_s(profile, wishes),
         "shutdownAfterJobFinishes": True,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 from typing import Any
+from urllib.parse import urlsplit
 
+from rayft.errors import JobError
 from rayft.fleet.render.pods import RUN_LABEL, Object
+from rayft.spec import Job
 from rayft.spec.profile import Profile
 
 JOB_API_PORT = 8265
@@ -49,6 +52,31 @@ def network_policy(name: str, labels: dict[str, str], profile: Profile) -> Objec
             "egress": egress,
         },
     }
+
+
+def refuse_closed_ports(job: Job, profile: Profile) -> None:
+    """Raise JobError for a server that the job calls and that its pods could not reach."""
+    policy = profile.network_policy
+    called = [
+        (f"rewards.{index}.path", source.path)
+        for index, source in enumerate(job.rewards)
+        if source.type == "http"
+    ]
+    if job.log.mlflow:
+        called.append(("log.mlflow", job.log.mlflow))
+    there = policy.egress_ports if policy.egress_cidrs else []
+    for key, url in called:
+        try:
+            parts = urlsplit(url)
+            port = parts.port or (80 if parts.scheme == "http" else 443)
+        except ValueError:
+            raise JobError(f"{key} is no URL.", "Correct its host and port.") from None
+        if port not in there:
+            raise JobError(
+                f"{key} calls port {port} of {parts.hostname}, and the network policy of profile {profile.name} opens "
+                f"{', '.join(map(str, there)) or 'none'} (network_policy.egress_ports).",
+                "Have the platform team open the port, or name a server that listens on an open one.",
+            )
 
 
 def _from(namespaces: list[str], port: int) -> Object:

@@ -12,12 +12,12 @@ from typing import Any
 
 from rayft import __version__
 from rayft.checkpoint.stop import STOP_WAIT_S
+from rayft.fleet.render.cache import BESIDE_GIB, CACHE, CacheVolume, head_cache, worker_cache
 from rayft.fleet.render.size import Group
 from rayft.fleet.version import SUBMITTER_VERSION
 from rayft.spec.profile import NodeType, Profile, Toleration
 
 HOME = "/home/rayft"
-CACHE = "/cache"
 JOB_FOLDER = "/etc/rayft"
 RUN_LABEL = "rayft.dev/run"
 #: Port of the agent that answers probes (KubeRay constant.go); it serves /api/healthz from Ray 2.53 on.
@@ -37,9 +37,8 @@ def head_template(profile: Profile, labels: dict[str, str], configmap: str) -> O
         "memory": _memory(int(head.memory_gib * 1024)),
         "ephemeral-storage": f"{head.scratch_gib}Gi",
     }
-    # A folder of the workers' nodes need not be on the head's.
-    cache_gib, cache = _cache(profile, head.scratch_gib, None)
-    container = _container("ray-head", profile, amounts, profile.grace.head_drain_s, cache_gib)
+    cache = head_cache(profile)
+    container = _container("ray-head", profile, amounts, profile.grace.head_drain_s, cache)
     container["ports"] = [
         {"containerPort": 6379, "name": "gcs-server"},
         {"containerPort": 8265, "name": "dashboard"},
@@ -58,7 +57,8 @@ def worker_template(profile: Profile, group: Group, labels: dict[str, str], conf
     """A worker group's. configmap: where local files travel in it."""
     node, room = group.node, group.pods.room
     part = room.gpus / node.gpus if node.gpus else min(1.0, room.cpus / node.cpus)
-    scratch = max(_own_cache_gib(profile) + 5, math.ceil(node.scratch_gib * part))
+    cache = worker_cache(profile)
+    scratch = max((cache.gib if cache.own else 0) + BESIDE_GIB, math.ceil(node.scratch_gib * part))
     amounts = {
         "cpu": str(room.cpus),
         "memory": _memory(room.memory_mib),
@@ -67,8 +67,7 @@ def worker_template(profile: Profile, group: Group, labels: dict[str, str], conf
     if room.gpus:
         amounts[node.gpu_resource] = str(room.gpus)
     amounts |= {name: str(max(1, int(count * part))) for name, count in node.resources.items()}
-    cache_gib, cache = _cache(profile, profile.cache.gib, profile.cache.host_path)
-    container = _container("ray-worker", profile, amounts, profile.grace.worker_drain_s, cache_gib)
+    container = _container("ray-worker", profile, amounts, profile.grace.worker_drain_s, cache)
     spec = _pod(profile, container, node.selector, node.tolerations, profile.grace.worker_s)
     shared = profile.object_store_gib + SHARED_MEMORY_GIB
     _volumes(spec, profile, shared, scratch, configmap, cache)
@@ -92,12 +91,14 @@ def start_params(group: Group | None, profile: Profile) -> dict[str, str]:
     }
 
 
-def _container(name: str, profile: Profile, amounts: dict[str, str], drain_s: int, cache_gib: int) -> Object:
+def _container(
+    name: str, profile: Profile, amounts: dict[str, str], drain_s: int, cache: CacheVolume
+) -> Object:
     return {
         "name": name,
         "image": profile.image,
         "imagePullPolicy": "IfNotPresent",
-        "env": _environment(profile, drain_s, cache_gib),
+        "env": _environment(profile, drain_s, cache),
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -107,12 +108,10 @@ def _container(name: str, profile: Profile, amounts: dict[str, str], drain_s: in
     }
 
 
-def _environment(profile: Profile, drain_s: int, cache_gib: int) -> list[Object]:
+def _environment(profile: Profile, drain_s: int, cache: CacheVolume) -> list[Object]:
     values = {
         "HOME": HOME,
-        "RAYFT_CACHE": CACHE,
-        # Downloads under way come on top of the bound.
-        "RAYFT_CACHE_GB": str(max(1, int(cache_gib * 2**30 / 1e9 * 0.9))),
+        **cache.environment,
         SUBMITTER_VERSION: __version__,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(drain_s),
         # A RayJob that is deleted stops its submission first, and Ray kills a driver that has not saved by then; 3 s otherwise.
@@ -162,7 +161,12 @@ def _pod(
 
 
 def _volumes(
-    spec: Object, profile: Profile, shared_gib: float, scratch_gib: int, configmap: str | None, cache: Object
+    spec: Object,
+    profile: Profile,
+    shared_gib: float,
+    scratch_gib: int,
+    configmap: str | None,
+    cache: CacheVolume,
 ) -> None:
     """What a pod may write to beside its root, which it may not; and the job's files."""
     limit = {"sizeLimit": f"{scratch_gib}Gi"}
@@ -175,7 +179,7 @@ def _volumes(
         ),
         ("tmp", "/tmp", {"emptyDir": limit}, False),
         ("home", HOME, {"emptyDir": limit}, False),
-        ("cache", CACHE, cache, False),
+        ("cache", CACHE, cache.source, False),
     ]
     if configmap:
         wanted.append(("job", JOB_FOLDER, {"configMap": {"name": configmap}}, True))
@@ -187,20 +191,6 @@ def _volumes(
         {"name": name, "mountPath": path, **({"readOnly": True} if read_only else {})}
         for name, path, _, read_only in wanted
     ]
-
-
-def _cache(profile: Profile, gib: int, host_path: str | None) -> tuple[int, Object]:
-    """Bound and volume of the cache."""
-    if profile.cache.claim:
-        return profile.cache.gib, {"persistentVolumeClaim": {"claimName": profile.cache.claim}}
-    if host_path:
-        return gib, {"hostPath": {"path": host_path, "type": "Directory"}}
-    return gib, {"emptyDir": {"sizeLimit": f"{gib}Gi"}}
-
-
-def _own_cache_gib(profile: Profile) -> int:
-    """What the cache takes of a pod's own disk."""
-    return 0 if profile.cache.claim or profile.cache.host_path else profile.cache.gib
 
 
 def _probe(failures: int) -> Object:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rayft.errors import JobError, RayftError, ResourceError
+from rayft.errors import JobError, RayftError
 from rayft.fleet.render.apply import apply
+from rayft.fleet.render.cache import refuse_large_model
 from rayft.fleet.render.files import Packed, pack, travelling
 from rayft.fleet.render.manifest import Wishes, as_yaml, manifest
 from rayft.fleet.render.model import architecture_of_model, scorers_of
 from rayft.fleet.render.pods import Object
 from rayft.fleet.render.size import Size, size
+from rayft.fleet.saving import measured_saving, saving_line
 from rayft.plan.architecture import Architecture
-from rayft.plan.checkpoint import SaveTime
 from rayft.spec import Job
 from rayft.spec.profile import Profile
 
@@ -37,10 +38,12 @@ def render(
     *,
     architecture: Architecture | None = None,
     scorers: dict[str, Architecture] | None = None,
+    history: bool = False,
 ) -> Rendered:
     """The manifest of a job on a profile's fleet.
 
-    architecture, scorers: of the models; looked for by default. Raises the RayftError that says why there can be none.
+    architecture, scorers: of the models; looked for by default. history: whether the run's log on storage is asked how long its
+    checkpoints took. Raises the RayftError that says why there can be none.
     """
     packed = pack(job, profile)
     lines = list(packed.notes)
@@ -50,6 +53,10 @@ def render(
         except RayftError as error:
             lines.append(f"No memory plan: {error.message}")
     found = size(packed.job, profile, architecture, scorers)
+    if architecture is not None:
+        refuse_large_model(packed.job, profile, architecture)
+    if history:
+        found = _as_measured(found, profile)
     lines += [*found.notes, *summary(found, profile)]
     files = travelling(packed, profile)
     if files is not None:
@@ -67,26 +74,13 @@ def summary(found: Size, profile: Profile) -> list[str]:
     ]
     if found.choice:
         lines.append(f"ZeRO stage {found.choice.stage}: {found.choice.reason}.")
-    if found.saving:
-        check_saving(found.saving, profile)
-        lines.append(("" if found.saving.fits else "Warning: ") + found.saving.sentence())
-    return lines
-
-
-def check_saving(saving: SaveTime, profile: Profile) -> None:
-    """Raise ResourceError where a checkpoint does not fit the drain time and the profile refuses that."""
-    if not saving.fits and profile.checkpoint.too_slow == "refuse":
-        raise ResourceError(
-            f"{saving.sentence()} A run that is evicted would lose what it did since its last checkpoint (profile {profile.name}).",
-            "Use more nodes or an adapter, or have the platform team raise grace, checkpoint.node_mb_per_s or set "
-            "checkpoint.too_slow to warn.",
-        )
+    return [*lines, saving_line(found.saving, profile)]
 
 
 def render_job(job: Job, profile: Profile, wishes: Wishes, *, out: str | None, submit: bool) -> int:
     """Write the manifest to `out` or standard output; with `submit` to the cluster instead. What people should know goes to
     standard error."""
-    made = render(job, profile, wishes)
+    made = render(job, profile, wishes, history=True)
     for line in made.lines:
         print(line, file=sys.stderr)
     if out:
@@ -112,6 +106,8 @@ def plan_on(job: Job, profile: Profile) -> int:
     packed = pack(job, profile)
     architecture, scorers = _architectures(job, packed.job)
     found = size(packed.job, profile, architecture, scorers)
+    refuse_large_model(packed.job, profile, architecture)
+    found = _as_measured(found, profile)
     assert found.choice is not None
     gpu = find_gpu(found.job.cluster.gpu) if found.job.cluster.gpu else None
     console = Console()
@@ -119,6 +115,11 @@ def plan_on(job: Job, profile: Profile) -> int:
     for line in [*packed.notes, *found.notes, *summary(found, profile)]:
         console.print(line)
     return 0
+
+
+def _as_measured(found: Size, profile: Profile) -> Size:
+    """With the time that the run's checkpoints have taken, where it has a log."""
+    return replace(found, saving=measured_saving(found.job, profile) or found.saving)
 
 
 def _architectures(job: Job, there: Job) -> tuple[Architecture, dict[str, Architecture]]:

@@ -131,7 +131,6 @@ def service_account_token(cluster: Cluster) -> Iterator[Found]:
 @rule(
     "token",
     "cluster",
-    severity="warning",
     reason="Whoever reaches the dashboard runs what he likes: submitting a job is running a command",
     source="Ray 2.60, token authentication; KubeRay 1.7 authOptions makes and mounts the token",
 )
