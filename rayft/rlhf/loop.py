@@ -242,9 +242,9 @@ class Loop:
             "step": self.state.step,
             "rows": len(self.held_out.prompts),
             "metrics": metrics,
-            "given": given is not None,
         }
-        self.recorder.row.remote(row | {"took_s": round(time.perf_counter() - began, 3)})
+        took = {} if given else {"took_s": round(time.perf_counter() - began, 3)}
+        self.recorder.row.remote(row | took)
 
     def _sync(self) -> dict[str, float]:
         began = time.perf_counter()

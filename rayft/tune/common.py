@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
+from dataclasses import dataclass
 
 from rayft.data.cache import plan_cache
 from rayft.data.formats import layouts_of
 from rayft.data.template import ChatTokenizer
 from rayft.model.files import job_files, load_tokenizer
+from rayft.rlhf.held_out import BEFORE, GIVEN
+from rayft.rlhf.kept import key_of
 from rayft.spec import Job
 from rayft.storage import ObjectNotFound, Store, node_cache_dir
 from rayft.train.prepare import Shards, with_absolute_paths
 
-#: What `measure_suites` leaves in a run folder before training; a run that finds it does not measure again.
-BASELINE = "suites-before.json"
-BASELINE_FILES = (BASELINE, "samples-before.json", "details-before.json")
+
+@dataclass(frozen=True)
+class Baseline:
+    """What one trial measures before training, so that others need not.
+
+    key: names it among those of its search. kind: of the log's row that says it is there. files: names as the trial that measures
+    leaves them, and as others find them; the last one marks the rest whole.
+    """
+
+    key: str
+    kind: str
+    files: dict[str, str]
+
+    @property
+    def mark(self) -> str:
+        """The last file."""
+        return [*self.files][-1]
+
+
+#: What `measure_suites` leaves in a run folder; a run that finds it does not measure again.
+OF_SUITES = {name: name for name in ("details-before.json", "samples-before.json", "suites-before.json")}
+#: What `HeldOut` leaves, and takes where it is given.
+OF_HELD_OUT = {key_of("held-out", 0): key_of("held-out", 0), BEFORE: GIVEN}
 
 
 def data_key(job: Job) -> str | None:
@@ -27,14 +51,24 @@ def data_key(job: Job) -> str | None:
     return "data " + _digest(made_of)
 
 
-def baseline_key(job: Job) -> str | None:
-    """Names the measurement before training among those of its search; None where there is none."""
-    if not job.eval.suites or not job.eval.before:
-        return None
-    suites = [suite.model_dump(mode="json") for suite in job.eval.suites]
-    heads = job.reward.heads if job.method == "reward" else 0
-    made_of = [job.method, suites, job.model.model_dump(mode="json"), job.train.precision, heads]
-    return "baseline " + _digest(made_of)
+def baselines_of(job: Job) -> list[Baseline]:
+    """What a trial's job measures before training, in the order in which it does."""
+    found: list[Baseline] = []
+    if not job.eval.before:
+        return found
+    model = job.model.model_dump(mode="json")
+    if job.eval.suites:
+        suites = [suite.model_dump(mode="json") for suite in job.eval.suites]
+        heads = job.reward.heads if job.method == "reward" else 0
+        key = "baseline " + _digest([job.method, suites, model, job.train.precision, heads])
+        found.append(Baseline(key, "suites", OF_SUITES))
+    if job.reinforced and job.data.eval:
+        sources = [source.model_dump(mode="json") for source in (*job.data.eval, *job.rewards)]
+        data = [job.data.max_length, job.data.too_long, job.adapter.type, job.seed, job.train.precision]
+        asked = [job.rollout.model_dump(mode="json"), job.eval.answers, job.reference is not None]
+        key = "baseline-held-out " + _digest([sources, model, data, asked])
+        found.append(Baseline(key, "eval", OF_HELD_OUT))
+    return found
 
 
 def prepare_data(job: Job, cache_uri: str) -> str:
@@ -57,26 +91,22 @@ def prepare_data(job: Job, cache_uri: str) -> str:
     return f"{rows} rows tokenised in {time.monotonic() - began:.1f} s, for all trials"
 
 
-def keep_baseline(run: Store, search: Store, key: str) -> None:
-    """Put what a trial measured before training where the others find it; the results last, since they mark it whole."""
-    folder = _folder(key)
-    for name in reversed(BASELINE_FILES):
-        try:
+def keep_baseline(run: Store, search: Store, baseline: Baseline) -> None:
+    """Put what a trial measured before training where the others find it."""
+    folder = _folder(baseline.key)
+    for name in baseline.files:
+        with contextlib.suppress(ObjectNotFound):
             search.put(f"{folder}/{name}", run.get(name))
-        except ObjectNotFound:
-            continue
 
 
-def give_baseline(run: Store, search: Store, key: str) -> bool:
-    """Lay the search's measurement before training into a trial's folder; False where it is not there."""
-    folder = _folder(key)
-    if not search.exists(f"{folder}/{BASELINE}"):
+def give_baseline(run: Store, search: Store, baseline: Baseline) -> bool:
+    """Lay what another trial of the search measured into a trial's folder; False where it is not there."""
+    folder = _folder(baseline.key)
+    if not search.exists(f"{folder}/{baseline.mark}"):
         return False
-    for name in reversed(BASELINE_FILES):
-        try:
-            run.put(name, search.get(f"{folder}/{name}"))
-        except ObjectNotFound:
-            continue
+    for name, given in baseline.files.items():
+        with contextlib.suppress(ObjectNotFound):
+            run.put(given, search.get(f"{folder}/{name}"))
     return True
 
 

@@ -18,7 +18,7 @@ class Reports:
     """Collects rows of one run and gives a report as soon as its evaluation and its step have been logged.
 
     Names: `eval.<metric>`, `train.<metric>` of the newest step, `suite.<suite>.<metric>` of the trained model and
-    `change.<suite>.<metric>`, that less what the model began with.
+    `change.<suite>.<metric>`, that less what the model began with. before: kinds of the rows of what was measured before training.
     """
 
     _train: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -26,7 +26,7 @@ class Reports:
     _suites: dict[str, Results] = field(default_factory=dict)
     _given: set[int] = field(default_factory=set)
     _gates: set[int] = field(default_factory=set)
-    saw_baseline: bool = False
+    before: set[str] = field(default_factory=set)
 
     def feed(self, rows: Iterable[Row]) -> None:
         """Take rows in the order of writing; a row of a step that was logged before takes its place."""
@@ -36,11 +36,16 @@ class Reports:
                 self._train[row["step"]] = _numbers("train", row)
             elif kind == "eval":
                 self._eval[row["step"]] = _numbers("eval", row)
+                self._measured("eval", row["step"] == 0)
             elif kind == "suites":
                 self._suites[row["when"]] = row["results"]
-                self.saw_baseline |= row["when"] == "before"
+                self._measured("suites", row["when"] == "before")
             elif kind == "gate":
                 self._gates.add(row["step"])
+
+    def _measured(self, kind: str, before: bool) -> None:
+        if before:
+            self.before.add(kind)
 
     def skip(self, step: int) -> None:
         """Reports up to this step have been given."""

@@ -17,6 +17,7 @@ from rayft.spec.tune import FORKING
 from rayft.storage import open_store
 from rayft.train.link import Link
 from rayft.train.run import absolute_uri
+from rayft.tune.common import Baseline
 from rayft.tune.held import Held
 from rayft.tune.reports import Reports
 from rayft.tune.space import job_of
@@ -35,7 +36,9 @@ class Segment:
         self.job, self.run = job, run
         self.store = open_store(f"{absolute_uri(job.storage)}/{job.name}")
         self.reports, self.given = Reports(), given
-        self.shares_baseline = self.attempted = self.ran = False
+        self.attempted = self.ran = False
+        #: Measurements before training that this run makes for all.
+        self.shares: list[Baseline] = []
         self._gated, self._over = gated, False
         self._spent_before, self._held, self._began_at = spent, Held(), given
         self._link: Link | None = None
@@ -57,9 +60,11 @@ class Segment:
         """How far the search has followed the run since it was started."""
         return self.given - self._began_at
 
-    @property
-    def saw_baseline(self) -> bool:
-        return self.reports.saw_baseline
+    def measured(self) -> list[Baseline]:
+        """Of what it shares, that which is there now, each once."""
+        there = [baseline for baseline in self.shares if baseline.kind in self.reports.before]
+        self.shares = [baseline for baseline in self.shares if baseline not in there]
+        return there
 
     def pending(self) -> tuple[int, dict[str, float], bool] | None:
         """A report that an earlier process logged and did not give; for a run under way, the gate is opened first."""

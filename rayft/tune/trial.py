@@ -28,7 +28,7 @@ from rayft.spec import Job
 from rayft.storage import open_store
 from rayft.train.run import absolute_uri
 from rayft.tune.capacity import size_of
-from rayft.tune.common import BASELINE, baseline_key, data_key, give_baseline, keep_baseline, prepare_data
+from rayft.tune.common import baselines_of, data_key, give_baseline, keep_baseline, prepare_data
 from rayft.tune.desk import MORE_NODES
 from rayft.tune.segment import Segment, run_name, trial_job
 
@@ -185,10 +185,9 @@ class TrialRun(Trainable):  # type: ignore[misc]
         looked = told = time.monotonic()
         while True:
             report = segment.listen(ASK_EVERY_S)
-            if segment.saw_baseline and (key := baseline_key(segment.job)) and segment.shares_baseline:
-                segment.shares_baseline = False
-                keep_baseline(segment.store, self.search, key)
-                self._ask("made", key)
+            for baseline in segment.measured():
+                keep_baseline(segment.store, self.search, baseline)
+                self._ask("made", baseline.key)
             if segment.attempted:
                 segment.attempted, segment.ran = False, True
                 self._ask("placed", self.trial)
@@ -339,24 +338,21 @@ class TrialRun(Trainable):  # type: ignore[misc]
                     raise error if own else Unshared(error) from error
                 self._ask("made", key)
                 self._ask("tell", {"kind": "event", "event": "data", "message": message})
-        key = baseline_key(job)
-        if not key:
-            return
-        if segment.store.exists(
-            BASELINE
-        ):  # an earlier process of the trial may have been the one to measure it
-            if not give_baseline(segment.store, self.search, key):
-                keep_baseline(segment.store, self.search, key)
-            self._ask("made", key)
-            return
-        if segment.forked:
-            return
-        while self._ask("share_of", key, name) not in ("yours", "done"):
-            self._pause()
-        if give_baseline(segment.store, self.search, key):
-            self._ask("made", key)
-        else:
-            segment.shares_baseline = True
+        for baseline in baselines_of(job):
+            if segment.store.exists(baseline.mark):
+                # An earlier process of the trial may have been the one to measure it.
+                if not give_baseline(segment.store, self.search, baseline):
+                    keep_baseline(segment.store, self.search, baseline)
+                self._ask("made", baseline.key)
+                continue
+            if segment.forked:
+                continue
+            while self._ask("share_of", baseline.key, name) not in ("yours", "done"):
+                self._pause()
+            if give_baseline(segment.store, self.search, baseline):
+                self._ask("made", baseline.key)
+            else:
+                segment.shares.append(baseline)
 
     def _pause(self) -> None:
         """Between two questions. Raises Leaving where the search is to end."""

@@ -179,7 +179,7 @@ def test_the_end_has_the_suites_and_how_far_they_moved() -> None:
         step(2, 0.5),
         evaluation(1, 0.75),
     )
-    assert reports.saw_baseline
+    assert reports.before == {"eval", "suites"}
     assert not any(name.startswith(("suite.", "change.")) for name in reports.last()[1])
     after = {"bits_per_byte": 1.25, "rows": 8, "model": "m", "kept": True, "nan": math.nan}
     reports.feed([suites("after", 2, text=after, new={"a": 3}, odd={"a": 1.0, "b": math.inf})])
@@ -197,7 +197,8 @@ def test_the_end_has_the_suites_and_how_far_they_moved() -> None:
 
 
 def test_only_the_measurement_before_training_is_one_to_share() -> None:
-    assert not of(suites("after", 2, text={"a": 1.0})).saw_baseline
+    assert not of(suites("after", 2, text={"a": 1.0}), evaluation(2)).before
+    assert of(evaluation(0)).before == {"eval"}
 
 
 def test_rows_of_a_run_that_learns_from_rewards_have_no_evaluation_loss() -> None:

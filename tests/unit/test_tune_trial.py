@@ -95,7 +95,7 @@ def test_what_a_trial_spends_is_told_between_reports(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(driven, "_ask", lambda *asked: told.append(asked), raising=False)
     reports = iter([None, (4, {"eval.loss": 1.0}, False)])
     segment = SimpleNamespace(
-        listen=lambda _: next(reports), saw_baseline=False, attempted=False, spent=lambda: {"gpu_hours": 2.5}
+        listen=lambda _: next(reports), measured=list, attempted=False, spent=lambda: {"gpu_hours": 2.5}
     )
     assert driven._await(segment) == (4, {"eval.loss": 1.0}, False)  # type: ignore[arg-type]
     assert told == [("tell", {"event": "spent", "trial": "t0003", "gpu_hours": 2.5})]
