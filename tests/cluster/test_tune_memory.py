@@ -17,8 +17,6 @@ from tests.warm.start import as_usual
 pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.timeout(900)]
 
 SEARCH_S = 600
-#: Steps of a worker before the limit: it comes in its first one, or behind a checkpoint.
-FIRST, THIRD = 0, 2
 #: What a worker may take beyond what it has when its first step begins: such a step takes 2.7 GiB with 4 of these rows in a
 #: micro-batch, 2.8 with 8 and 3.7 with 16.
 MORE = 3300 << 20
@@ -42,12 +40,9 @@ class Limit(importlib.abc.MetaPathFinder):
         return spec
 
 def limit(learner):
-    step, taken = learner.step, []
+    step = learner.step
 
     def limited(self, *args, **kwargs):
-        if len(taken) < BEFORE:
-            taken.append(True)
-            return step(self, *args, **kwargs)
         learner.step = step
         with open("/proc/self/status") as status:
             used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
@@ -68,17 +63,13 @@ def _workers_as_usual() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("killed", "before"), [(False, FIRST), (True, FIRST), (False, THIRD)])
-def test_a_trial_out_of_memory_goes_on_with_a_smaller_micro_batch(
-    killed: bool, before: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_trial_out_of_memory_goes_on_with_a_smaller_micro_batch(killed: bool, tmp_path: Path) -> None:
     """The same global batch, until it fits. killed: everything, when a run has said that it ran out of memory and the trial has not
-    begun the next. before: steps that fitted; the trial goes on from its last checkpoint."""
+    begun the next."""
     folder = prepare_folder(tmp_path, intermediate_size=1 << 16)
     (folder / "custom").mkdir()
-    (folder / "custom" / "sitecustomize.py").write_text(
-        CUSTOM.replace("MORE", str(MORE)).replace("BEFORE", str(before))
-    )
+    (folder / "custom" / "sitecustomize.py").write_text(CUSTOM.replace("MORE", str(MORE)))
     train = {"max_steps": 4, "global_batch_size": 16, "micro_batch_size": 16}
     tune = {"space": {RATE: {"grid": [1e-3, 2e-3]}}, "searcher": "grid", "max_concurrent": 1}
     job = search_of(folder, "large", tune, train=train, eval={"batch_size": 1})
@@ -100,9 +91,4 @@ def test_a_trial_out_of_memory_goes_on_with_a_smaller_micro_batch(
         last = load_job(uri / "trials" / str(trial.run) / "job.yaml", [])
         assert last.train.micro_batch_size in (8, 4)
         assert last.train.global_batch_size == 16
-        assert sorted(losses(open_store(uri / "trials" / str(trial.run)))) == list(range(before + 1, 5))
-        if before:
-            assert [fork and fork.step for fork in (one.forked_from for one in trial.segments[:2])] == [
-                None,
-                before,
-            ]
+        assert sorted(losses(open_store(uri / "trials" / str(trial.run)))) == [1, 2, 3, 4]
