@@ -142,6 +142,7 @@ def test_the_driver_of_a_searchs_node_takes_the_trials_with_it(runs: Runs, nodes
     assert events(trial, "checkpoint"), "the trial has saved"
 
 
+@pytest.mark.full
 def test_an_evaluation_is_given_up_and_measured_by_the_next_start(runs: Runs) -> None:
     """Evaluations are far longer than steps; the notice comes in one of them."""
     groups: dict[str, Any] = {
