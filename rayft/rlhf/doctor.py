@@ -99,9 +99,8 @@ def examine(job: Job, run_uri: str, console: Console) -> Iterator[Finding]:
     recorder = start_recorder(job, run_uri, {}, 0)
     roles = Roles(prepared.plan, recorder, console.print)
     try:
-        roles.begin(
-            0, None
-        )  # no attempt at a run: nothing is saved, so other nodes need not reach the folder
+        # No attempt at a run: nothing is saved, so other nodes need not reach the folder.
+        roles.begin(0, None)
         yield from Examination(prepared, roles).findings()
     finally:
         roles.close()

@@ -161,9 +161,8 @@ def _unfit(path: str, job: Job, tokenizer: Any, node_dir: Path) -> str:
     spec = job.model.model_copy(
         update={"path": path, "tokenizer": None, "chat_template": None, "gguf_file": None}
     )
-    if (
-        path != job.model.path
-    ):  # the job says of the policy's folder alone that its code may run, and which revision it is
+    if path != job.model.path:
+        # The job says of the policy's folder alone that its code may run, and which revision it is.
         spec = spec.model_copy(update={"trust_remote_code": False, "revision": None})
     files = resolve_model(spec, node_dir)
     config: Any = load_config(files, spec)
