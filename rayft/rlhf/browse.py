@@ -178,7 +178,7 @@ def _value(row: Row, column: str) -> Any:
 
 def _overview(store: Store, kind: Kind) -> Table:
     steps = steps_of(store, kind)
-    if not steps and kind == "dropped":
+    if not steps and kind == "dropped" and steps_of(store):
         raise JobError(
             f"No answers were dropped at {store.uri}.",
             "With rl.drop_uniform_groups those are dropped whose group all have the same reward.",
