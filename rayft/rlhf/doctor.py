@@ -22,6 +22,7 @@ from rayft.rlhf.layout import MiniBatch, lay_out
 from rayft.rlhf.plan import RlPrepared, prepare
 from rayft.rlhf.pool import OtherWeights
 from rayft.rlhf.roles import Roles
+from rayft.rlhf.rollout import Rollout
 from rayft.spec import Job
 from rayft.train.cluster import connect, refuse_impossible
 from rayft.train.recorder import start_recorder
@@ -35,6 +36,10 @@ FP32_LARGEST, BF16_MEAN = 1e-4, 2e-2
 
 #: Mean difference of probabilities between engine and trainer above which training is known to suffer.
 ENGINE_MEAN = 1e-2
+
+INVARIANT = (
+    "vLLM promises all only in its batch-invariant mode, VLLM_BATCH_INVARIANT=1 in the engines' environment"
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,7 @@ class Examination:
         if not weights.holds:
             return  # what such engines say means nothing
         self.rollouts = self.roles.generate(prompts)
+        yield self._again(self.roles.generate(prompts))
         self.layout = self._layout(self.job)
         old = self._logprobs(self.layout, self.plan.packed)
         yield self._engine(old)
@@ -178,6 +184,21 @@ class Examination:
             return Finding("weights of the engine", "the policy's own tensors", True)
         size = f"{took['bytes'] / 1e6:.1f} MB in {took['buckets']:.0f} buckets"
         return Finding("weights of the engines", f"{size}, every checksum as sent", True)
+
+    def _again(self, again: Sequence[Rollout]) -> Finding:
+        """Work that is lost with an engine is given to another, which must write the same answers for the run to stay what it was."""
+        pairs = list(zip(self.rollouts, again, strict=True))
+        same = sum(first.ids == second.ids for first, second in pairs)
+        gaps = [
+            np.abs(np.subtract(a.logprobs, b.logprobs)).max(initial=0) for a, b in pairs if a.ids == b.ids
+        ]
+        result = (
+            f"{same} of {len(pairs)} are the same, their log-probabilities within {max(gaps, default=0):g}"
+        )
+        if same < len(pairs) and self.job.rollout.engine == "vllm":
+            # It promises no more without that mode, which not every device has.
+            return Finding("answers drawn again", f"{result} ({INVARIANT})", True)
+        return Finding("answers drawn again", result, same == len(pairs))
 
     def _engine(self, old: Sequence[np.ndarray]) -> Finding:
         drawn = [np.asarray(r.logprobs) for r in self.rollouts]

@@ -50,6 +50,7 @@ def test_a_sound_job(folder: Path, capfd: pytest.CaptureFixture[str], local_ray:
     for words in (
         "answers can end: by '<|im_end|>'; in training they end with '<|im_end|>'",
         "weights of the engines: 0.0 MB in 1 buckets, every checksum as sent",
+        "answers drawn again: 24 of 24 are the same",
         "engine against trainer: mean |Δp|",
         "log-probabilities: micro-batches of one row",
         "log-probabilities: each answer with its prompt",

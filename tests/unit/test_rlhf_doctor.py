@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_log_probabilities_that_differ(by: float, holds: bool) -> None:
 @pytest.mark.parametrize(("by", "holds"), [(0.0, True), (0.01, True), (0.5, False)])
 def test_an_engine_with_other_probabilities(by: float, holds: bool) -> None:
     assert examination()._engine(moved(by)).holds is holds
+
+
+@pytest.mark.parametrize(("engine", "holds"), [("transformers", False), ("vllm", True)])
+def test_answers_that_are_others_when_drawn_again(engine: str, holds: bool) -> None:
+    """vLLM promises the same only in a mode that not every device has, so that there it is said and no failure."""
+    made = examination()
+    made.job = made.job.model_copy(update={"rollout": made.job.rollout.model_copy(update={"engine": engine})})
+    same = made._again(made.rollouts)
+    assert (same.holds, same.result) == (True, "2 of 2 are the same, their log-probabilities within 0")
+    other = made._again([made.rollouts[0], replace(made.rollouts[1], ids=[4])])
+    assert other.holds is holds
+    assert "1 of 2 are the same" in other.result
+    assert ("VLLM_BATCH_INVARIANT" in other.result) is holds
 
 
 @pytest.mark.parametrize(("by", "holds"), [(0.0, True), (1e-6, False)])
