@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rayft.report.log import read_all
 from rayft.spec import Job
 from rayft.storage import open_store
 from tests.cluster import rewards
@@ -25,8 +26,8 @@ ALL_S = 700
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    # Room for all workers of both runs and for two trials.
-    with ray_nodes(6) as made:
+    # Room for all workers of both runs and for three trials.
+    with ray_nodes(7) as made:
         yield made
 
 
@@ -42,7 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def jobs_of(folder: Path, when: str) -> dict[str, Job]:
     """The three jobs, in the storage of that name."""
     storage = str(folder / when)
-    tune = {"space": {RATE: {"grid": [1e-3, 2e-3, 3e-3]}}, "searcher": "grid", "max_concurrent": 2}
+    # Of seven CPUs, which is two trials.
+    tune = {"space": {RATE: {"grid": [1e-3, 2e-3, 3e-3]}}, "searcher": "grid", "share": 0.3}
     return {
         "run": small_job(
             folder / "sft",
@@ -62,6 +64,16 @@ def jobs_of(folder: Path, when: str) -> dict[str, Job]:
         ),
         "tune": search_of(folder / "sft", "search", tune, storage=storage),
     }
+
+
+def most_at_once(uri: Path) -> int:
+    """Of the search's trials, how many were running."""
+    now, most = set[str](), 0
+    for row in read_all(open_store(uri)):
+        if row["kind"] == "trial" and row.get("event") in ("running", "ended"):
+            (now.add if row["event"] == "running" else now.discard)(row["trial"])
+            most = max(most, len(now))
+    return most
 
 
 def test_two_runs_and_a_search_at_once(folder: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +116,7 @@ def test_two_runs_and_a_search_at_once(folder: Path, nodes: Nodes, monkeypatch: 
     assert facts(together / "ppo") == facts(alone / "ppo")
     mine, others = trials_in(together / "search"), trials_in(alone / "search")
     assert [trial.status for trial in mine.values()] == ["done"] * 3
+    assert most_at_once(together / "search") == most_at_once(alone / "search") == 2, "more than its share"
     assert {name: curve_of(trial) for name, trial in mine.items()} == {
         name: curve_of(trial) for name, trial in others.items()
     }
