@@ -31,7 +31,8 @@ NOT_ITS_OWN: dict[int, type[RayftError]] = {
 class Choice:
     """The best trial. values: of the objectives. front: ids that no other beats in everything, the best first.
 
-    out: id of a trial that did not count -> why. finished: whether the ones that counted were trained to the end.
+    out: id of a trial that did not count -> why. finished: whether the ones that counted were trained to the end; if not, broke is how
+    many were that break a constraint.
     """
 
     trial: TrialState
@@ -39,11 +40,15 @@ class Choice:
     front: list[str]
     out: dict[str, str] = field(default_factory=dict)
     finished: bool = True
+    broke: int = 0
 
     @property
     def how(self) -> str:
         """One sentence on how it was chosen."""
-        which = "finished trials" if self.finished else "unfinished trials, since none finished with a value,"
+        why = "none finished with a value"
+        if self.broke:
+            why = f"all that finished ({self.broke}) break a constraint"
+        which = "finished trials" if self.finished else f"unfinished trials, since {why},"
         of = (
             f"of {len(self.front)} on the Pareto front, by the first objective"
             if len(self.values) > 1
@@ -82,7 +87,8 @@ def choose(
     )
     best = trials[front[0]]
     values = {aim.metric: _needed(best, aim.metric) for aim in objectives}
-    return Choice(best, values, front, out, bool(finished))
+    broke = 0 if finished else sum(trial.status == "done" for trial in counted)
+    return Choice(best, values, front, out, bool(finished), broke)
 
 
 def value_of(trial: TrialState, metric: str) -> float | None:

@@ -111,6 +111,22 @@ def test_constraints() -> None:
         choose(trials, LOSS, {CHANGE: Bound(min=1.0)})
 
 
+def test_where_only_trials_that_were_stopped_keep_to_the_constraints_that_is_said() -> None:
+    ledger = Ledger()
+    for name, loss, f1, status in (("t0000", 0.2, 0.1, "done"), ("t0001", 0.5, 0.9, "stopped")):
+        ledger.begin(name, {})
+        ledger.curve(name, [loss], suite__x__f1=f1)
+        ledger.end(name, status, "", 4)
+    trials = trials_of(ledger.rows)
+    choice = choose(trials, LOSS, {"suite.x.f1": Bound(min=0.5)})
+    assert (choice.trial.trial, choice.finished) == ("t0001", False)
+    assert (
+        choice.how
+        == "by the last report of unfinished trials, since all that finished (1) break a constraint"
+    )
+    assert choose(trials, LOSS, {}).how == "by the last report of finished trials"
+
+
 def test_several_objectives_have_a_front_and_the_first_leads() -> None:
     ledger = Ledger()
     points = {"t0000": (0.5, 0.9), "t0001": (0.6, 0.95), "t0002": (0.7, 0.95), "t0003": (0.4, 0.2)}
