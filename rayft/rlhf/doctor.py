@@ -187,18 +187,15 @@ class Examination:
 
     def _again(self, again: Sequence[Rollout]) -> Finding:
         """Work that is lost with an engine is given to another, which must write the same answers for the run to stay what it was."""
-        pairs = list(zip(self.rollouts, again, strict=True))
-        same = sum(first.ids == second.ids for first, second in pairs)
-        gaps = [
-            np.abs(np.subtract(a.logprobs, b.logprobs)).max(initial=0) for a, b in pairs if a.ids == b.ids
-        ]
-        result = (
-            f"{same} of {len(pairs)} are the same, their log-probabilities within {max(gaps, default=0):g}"
-        )
-        if same < len(pairs) and self.job.rollout.engine == "vllm":
+        name, pairs = "answers drawn again", list(zip(self.rollouts, again, strict=True))
+        same = [(a.logprobs, b.logprobs) for a, b in pairs if a.ids == b.ids]
+        gap = max((np.abs(np.subtract(a, b)).max(initial=0) for a, b in same), default=0)
+        result = f"{len(same)} of {len(pairs)} are the same, their log-probabilities within {gap:g}"
+        holds = len(same) == len(pairs) and bool(gap == 0)
+        if not holds and self.job.rollout.engine == "vllm":
             # It promises no more without that mode, which not every device has.
-            return Finding("answers drawn again", f"{result} ({INVARIANT})", True)
-        return Finding("answers drawn again", result, same == len(pairs))
+            return Finding(name, f"{result} ({INVARIANT})", True)
+        return Finding(name, result, holds)
 
     def _engine(self, old: Sequence[np.ndarray]) -> Finding:
         drawn = [np.asarray(r.logprobs) for r in self.rollouts]

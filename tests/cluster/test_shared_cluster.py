@@ -70,9 +70,11 @@ def most_at_once(uri: Path) -> int:
     """Of the search's trials, how many were running."""
     now, most = set[str](), 0
     for row in read_all(open_store(uri)):
-        if row["kind"] == "trial" and row.get("event") in ("running", "ended"):
-            (now.add if row["event"] == "running" else now.discard)(row["trial"])
+        if row["kind"] == "trial" and row.get("event") == "running":
+            now.add(row["trial"])
             most = max(most, len(now))
+        elif row["kind"] == "trial" and row.get("event") == "ended":
+            now.discard(row["trial"])
     return most
 
 

@@ -22,7 +22,7 @@ from tests.warm.start import as_usual
 pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.timeout(900)]
 
 SEARCH_S = 600
-#: Rows of a step, and its steps. A row's tokens are one a character (the tokenizer's are bytes) and 43 of the template.
+#: Rows of a step, steps, and the length of an answer, of which each character is a token (the tokenizer's are bytes).
 ROWS, STEPS, CHARACTERS = 16, 4, 150
 #: What a worker may take beyond what it has when its first step begins: measured, such steps take 2.5 GiB with 4 of these rows in a
 #: micro-batch, 4.2 with 8 and 9.0 with 16.

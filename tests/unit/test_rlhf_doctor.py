@@ -79,10 +79,15 @@ def test_answers_that_are_others_when_drawn_again(engine: str, holds: bool) -> N
     made.job = made.job.model_copy(update={"rollout": made.job.rollout.model_copy(update={"engine": engine})})
     same = made._again(made.rollouts)
     assert (same.holds, same.result) == (True, "2 of 2 are the same, their log-probabilities within 0")
-    other = made._again([made.rollouts[0], replace(made.rollouts[1], ids=[4])])
-    assert other.holds is holds
-    assert "1 of 2 are the same" in other.result
-    assert ("VLLM_BATCH_INVARIANT" in other.result) is holds
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"ids": [4]}, "1 of 2 are the same"),
+        ({"logprobs": [-0.25]}, "2 of 2 are the same, their log-probabilities within 0.25"),
+    ]
+    for change, words in changes:
+        other = made._again([made.rollouts[0], replace(made.rollouts[1], **change)])
+        assert other.holds is holds
+        assert words in other.result
+        assert ("VLLM_BATCH_INVARIANT" in other.result) is holds
 
 
 @pytest.mark.parametrize(("by", "holds"), [(0.0, True), (1e-6, False)])
