@@ -1,7 +1,8 @@
 """What a job that learns from rewards comes to, over seeds: `python -m tests.bench.learning jobs/grpo.yaml --seeds 0 1 2`.
 
 Runs the job once a seed (`rayft run`, as a user does), and keeps the curves of its held-out prompts and of its steps as
-`tests/bench/curves/NAME.json`, seed by seed. Prints one line a seed, and the mean over seeds with its standard error.
+`tests/bench/curves/NAME.json`, seed by seed: seeds of the same job file that are there already stay, so that they can be run one
+at a time. Prints one line a seed, and the mean over seeds with its standard error.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+import yaml
 
 from rayft.report.log import read_log
 from rayft.spec import load_job
@@ -48,6 +51,15 @@ def run(job: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
     }
 
 
+def before(path: Path, measured: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The seeds that were measured already, of this very job."""
+    if not path.exists():
+        return {}
+    there = json.loads(path.read_text())
+    same = all(there.get(key) == value for key, value in measured.items())
+    return {one["seed"]: one for one in there["seeds"]} if same else {}
+
+
 def line(found: dict[str, Any]) -> str:
     """Start and end of one seed's held-out curve."""
     first, last = found["held_out"][0], found["held_out"][-1]
@@ -64,10 +76,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="group.key=value, as for rayft run")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args(argv)
-    found = [run(arguments.job, seed, arguments.overrides) for seed in arguments.seeds]
-    CURVES.mkdir(exist_ok=True)
-    kept = {"job": str(arguments.job), "overrides": arguments.overrides, "seeds": found}
-    (CURVES / f"{arguments.job.stem}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    measured = {
+        "job": str(arguments.job),
+        "settings": yaml.safe_load(arguments.job.read_text()),
+        "overrides": arguments.overrides,
+    }
+    path = CURVES / f"{arguments.job.stem}.json"
+    by_seed = before(path, measured)
+    for seed in arguments.seeds:
+        by_seed[seed] = run(arguments.job, seed, arguments.overrides)
+        found = [by_seed[seed] for seed in sorted(by_seed)]
+        path.write_text(json.dumps({**measured, "seeds": found}, indent=1) + "\n")
     for one in found:
         print(line(one))
     rises = [one["held_out"][-1]["score"] - one["held_out"][0]["score"] for one in found]

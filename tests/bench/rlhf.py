@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,6 +58,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 GPU = torch.cuda.is_available()
+#: Of a weight sync; `load` is vLLM's own.
+SYNC_TIMES = ("gather", "put", "checksum", "get", "copy", "load", "seconds")
 
 REWARD = '''
 def digits(completions, **_):
@@ -150,6 +152,7 @@ def run_rayft(work: Work, layout: str, folder: Path) -> dict[str, Any]:
         "shares": {name: round(value / seconds, 4) for name, value in {**phases, "sync": sync}.items()},
         "driver": round(1 - (sum(phases.values()) + sync) / seconds, 4),
         "sync": timed[-1]["sync"],
+        "syncs": {key: median(one.get(key, 0.0) for one in later) for key in SYNC_TIMES} if later else {},
         "first_sync": steps[0]["sync"],
         "copies_over_plain": copied / plain_copy(int(later[0]["bytes"])) if later else 0.0,
         "engine_gap": timed[0]["metrics"]["engine_gap"],
@@ -308,6 +311,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument(
+        "--syncs", type=int, help="only so many weight syncs after the first, of short answers"
+    )
     parser.add_argument("--trl", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.trl:
@@ -320,6 +326,12 @@ def main(argv: list[str] | None = None) -> None:
         (folder / "reward.py").write_text(REWARD)
         rows = write_rows(folder, 200)
         work = Work(str(model), str(rows), str(folder / "reward.py"), steps=arguments.steps)
+        if arguments.syncs:
+            short = replace(work, generations=4, tokens=8, steps=arguments.syncs)
+            for layout in arguments.layouts:
+                made = run_rayft(short, layout, folder)
+                print(layout, round(made["copies_over_plain"], 2), made["syncs"], flush=True)
+            return
         found = compare(work, arguments.layouts, arguments.settings, arguments.rounds, folder)
         print(json.dumps(found), flush=True)
 
