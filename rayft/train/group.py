@@ -5,7 +5,6 @@ Ray Train's controller reads this in a process of its own before any worker star
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +58,6 @@ def worker_environment(job: Job, stage: int) -> dict[str, str]:
     every step, and the kernel clears each page again: 1.9 GB a step for 135M parameters under ZeRO-2. One arena, since
     Ray Train trains in a thread, and only the main arena can hold large blocks. The price is memory between the blocks:
     a fifth more at the peak. ZeRO-3 is chosen where memory is short, so there large blocks are given back at once.
-
-    glibc is also told to ask for huge pages, which a kernel in mode "madvise" gives to those who ask alone: copies and
-    products of tensors of many megabytes otherwise wait for page tables. Not where the job's own environment has
-    GLIBC_TUNABLES.
     """
     environment = {
         "TOKENIZERS_PARALLELISM": "false",
@@ -77,8 +72,6 @@ def worker_environment(job: Job, stage: int) -> dict[str, str]:
             "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
             "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
         }
-        if "GLIBC_TUNABLES" not in os.environ:
-            environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     else:  # a fixed threshold; by default it rises with what is freed, and blocks of up to 32 MB stay
         environment["MALLOC_TRIM_THRESHOLD_"] = str(1 << 20)
     return environment
