@@ -328,7 +328,10 @@ def main(argv: list[str] | None = None) -> None:
         work = Work(str(model), str(rows), str(folder / "reward.py"), steps=arguments.steps)
         if arguments.syncs:
             short = replace(work, generations=4, tokens=8, steps=arguments.syncs)
-            for layout in (one for one in arguments.layouts if "rollout" in LAYOUTS[one]):  # engines apart
+            apart = [layout for layout in arguments.layouts if "rollout" in LAYOUTS[layout]]
+            if not apart:
+                parser.error("--syncs: none of the layouts has engines apart, which alone are given weights")
+            for layout in apart:
                 made = run_rayft(short, layout, folder)
                 print(layout, round(made["copies_over_plain"], 2), made["syncs"], flush=True)
             return
