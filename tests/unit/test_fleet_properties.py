@@ -112,7 +112,7 @@ def profiles(draw: st.DrawFn) -> Profile:
         "service_account": draw(st.none() | words),
         "image_pull_secrets": draw(st.lists(words, max_size=2, unique=True)),
     }
-    if draw(st.integers(0, 3)):  # else most would be refused
+    if draw(st.sampled_from([True, True, True, False])):  # else most would be refused
         values["nodes"] |= {
             "large": {"cpus": 96, "memory_gib": 2000, "most": 40, "gpus": 8, "gpu": "H100-80GB"},
             "plain": {"cpus": draw(st.integers(8, 96)), "memory_gib": 900, "most": 40},
@@ -149,7 +149,8 @@ def jobs(draw: st.DrawFn) -> Job:
         },
         "checkpoint": {
             "fork_from": draw(
-                st.sampled_from([None, None, None, "runs/before@3", "s3://b/r@3", "../r@3", "/r@3"])
+                # That one on this machine is refused leaves nothing else of the job to be looked at: it comes up seldom.
+                st.sampled_from([*[None] * 8, *["runs/before@3", "s3://b/r@3"] * 3, "../r@3", "/r@3"])
             )
         },
         "cluster": {
@@ -271,7 +272,7 @@ def test_a_manifest_is_valid_or_refused() -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.usefixtures("_where_files_are")
 def test_many_manifests_are_valid_or_refused() -> None:
-    assert look_at(1000, always_the_same=False) > 200
+    assert look_at(1000, always_the_same=False) > 300
 
 
 needs = st.builds(
