@@ -33,7 +33,7 @@ class KlController:
     """The coefficient of the penalty: fixed, or with a target moved towards it (arXiv:1909.08593 section 2.2).
 
     coef is all its state and belongs into a checkpoint. target: nats an answer, or None; horizon: answers over which the coefficient
-    can double or halve, roughly.
+    changes by a fifth at most.
     """
 
     coef: float

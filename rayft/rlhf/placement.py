@@ -55,7 +55,8 @@ def table_of(job: Job, *, critic: bool, reference: bool) -> Table:
     roles = [("critic", placement.critic, ranks)] if critic else []
     roles += [("reference", placement.reference, ranks)] if reference else []
     roles += [("rollout", placement.rollout, job.rollout.engines)] if job.rollout.engines else []
-    for source in job.rewards:
+    # Models first: one after the other around the bundles, as few as can be share a GPU, which the job has counted on.
+    for source in sorted(job.rewards, key=lambda source: source.type != "model"):
         # Only a model computes on a GPU; a function or an endpoint takes none from those that do.
         place = placement.rewards
         place = place if source.type == "model" else place.model_copy(update={"gpus": 0.0})

@@ -10,17 +10,16 @@ from rayft.spec.groups import (
     Cluster,
     Data,
     Dpo,
-    Eval,
     Log,
     Model,
     Reward,
     Source,
-    Suite,
     Train,
     Zero,
 )
 from rayft.spec.job import Job
 from rayft.spec.load import changed_keys, dump_job, job_schema, load_job, parse_job
+from rayft.spec.measure import Eval, Suite
 from rayft.spec.rl import METHODS, RewardSource, Rl, Rollout
 from rayft.spec.tune import Bound, Dimension, Objective, Tune
 

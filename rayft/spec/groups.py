@@ -48,17 +48,25 @@ class Model(Group):
         "auto",
         description="`documents`: rayft's per-document attention, needed for packing; auto picks it for proven families.",
     )
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with a model.")
 
 
 class Adapter(Group):
     """LoRA and its variants; `type: none` is full fine-tuning."""
 
-    type: Literal["none", "lora", "qlora"] = "none"
-    lora_r: PositiveInt = 16
-    lora_alpha: PositiveFloat = 32.0
-    lora_dropout: Fraction = 0.0
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    type: Literal["none", "lora", "qlora"] = Field(
+        "none", description="qlora: LoRA on a base model held in 4 bits; needs a GPU."
+    )
+    lora_r: PositiveInt = Field(16, description="Rank.")
+    lora_alpha: PositiveFloat = Field(
+        32.0, description="The adapter's output is multiplied by lora_alpha / lora_r."
+    )
+    lora_dropout: Fraction = Field(
+        0.0, description="Share of the adapter's inputs left out in training (sft alone)."
+    )
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Names of the layers that are adapted; all-linear: all but the head."
+    )
     modules_to_save: list[str] = Field(
         default_factory=list, description="Modules trained in full beside the adapter and saved with it."
     )
@@ -118,11 +126,19 @@ class Data(Group):
     """What is trained on and how rows become batches."""
 
     train: list[Source] = Field(min_length=1)
-    eval: list[Source] = Field(default_factory=list, description="Held-out rows for the evaluation loss.")
-    max_length: PositiveInt = Field(
-        2048, description="Tokens; longer rows are treated as `too_long` says. Also the length of a pack."
+    eval: list[Source] = Field(
+        default_factory=list,
+        description="Held-out rows: for the evaluation loss; for methods that learn from rewards, prompts whose answers are scored.",
     )
-    too_long: Literal["drop", "truncate", "error"] = "drop"
+    max_length: PositiveInt = Field(
+        2048,
+        description="Tokens; longer rows are treated as `too_long` says. Also the length of a pack. Methods that learn from rewards: "
+        "of prompt and answer together, so a prompt may have max_length - rollout.max_new_tokens.",
+    )
+    too_long: Literal["drop", "truncate", "error"] = Field(
+        "drop",
+        description="truncate: conversations lose their end, compared answers the beginning of their prompt; error: end the run.",
+    )
     packing: bool | Literal["auto"] = Field(
         "auto", description="Best-fit packing; auto packs where the model family is proven for it."
     )
@@ -161,7 +177,8 @@ class Train(Group):
 
     global_batch_size: PositiveInt | None = Field(
         None,
-        description="Rows per optimizer step over all ranks (default 16 if tokens_per_step is not given).",
+        description="Rows per optimizer step over all ranks (default 16 if tokens_per_step is not given). Methods that learn from "
+        "rewards: prompts of a step, each with rl.num_generations answers.",
     )
     tokens_per_step: PositiveInt | None = Field(
         None,
@@ -172,37 +189,48 @@ class Train(Group):
         1,
         description="Rows (unpacked) or packs of data.max_length tokens (packed) per forward pass of a rank.",
     )
-    num_train_epochs: PositiveFloat = 1.0
-    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; overrides num_train_epochs.")
-    learning_rate: PositiveFloat = 1e-5
+    num_train_epochs: PositiveFloat = Field(1.0, description="Passes over data.train.")
+    max_steps: PositiveInt | None = Field(
+        None,
+        description="Optimizer steps; overrides num_train_epochs. Methods that learn from rewards: rounds of drawing answers and "
+        "training on them, each of rl.num_epochs x rl.num_mini_batches optimizer steps.",
+    )
+    learning_rate: PositiveFloat = Field(1e-5, description="Of AdamW, at its highest.")
     lr_scheduler: Literal["constant", "linear", "cosine", "wsd"] = Field(
         "cosine", description="wsd: warm-up, stable, linear decay over the last `decay_ratio`."
     )
-    warmup_ratio: Fraction = 0.03
+    warmup_ratio: Fraction = Field(
+        0.03, description="Share of the run over which the learning rate rises from 0."
+    )
     warmup_steps: int | None = Field(None, ge=0, description="Overrides warmup_ratio.")
     min_lr_ratio: Fraction = Field(
         0.0, description="Learning rate at the end as a fraction of learning_rate."
     )
-    decay_ratio: Fraction = 0.2
+    decay_ratio: Fraction = Field(0.2, description="wsd: share of the run over which it falls.")
     weight_decay: NonNegativeFloat = Field(
         0.0, description="Not applied to biases, norms and other 1-D parameters."
     )
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
-    adam_epsilon: PositiveFloat = 1e-8
+    adam_beta1: Fraction = Field(0.9, description="AdamW: decay of the mean of the gradients.")
+    adam_beta2: Fraction = Field(0.999, description="AdamW: decay of the mean of their squares.")
+    adam_epsilon: PositiveFloat = Field(1e-8, description="AdamW: added to the root of the latter.")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="0 switches clipping off.")
     precision: Literal["bf16", "fp32", "pure_bf16"] = Field(
         "bf16",
         description="bf16: bf16 compute, fp32 master weights and optimizer state; pure_bf16: no master copy.",
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute activations again in the backward pass instead of keeping them: less memory, slower.",
+    )
     logits_chunk: PositiveInt = Field(
         1024, description="Trained tokens per chunk of the lm-head, so that the logits never exist whole."
     )
     early_stopping_patience: PositiveInt | None = Field(
         None, description="Evaluations without improvement of the evaluation loss before the run ends."
     )
-    early_stopping_threshold: NonNegativeFloat = 0.0
+    early_stopping_threshold: NonNegativeFloat = Field(
+        0.0, description="How much lower than the best so far the evaluation loss must be to count as better."
+    )
     max_loss: PositiveFloat | None = Field(
         None, description="End the run as diverged (code 6) when the training loss exceeds this."
     )
@@ -326,7 +354,7 @@ class Cluster(Group):
         1, description="Ranks; [min, max] makes the run elastic."
     )
     gpus_per_worker: NonNegativeFloat = Field(0, description="0 trains on CPU.")
-    cpus_per_worker: PositiveFloat = 1
+    cpus_per_worker: PositiveFloat = Field(1, description="CPUs that Ray keeps for a rank.")
     threads_per_worker: PositiveInt | None = Field(
         None,
         description="CPU threads of a rank (default: cpus_per_worker); fixed, because results depend on it.",
@@ -378,6 +406,8 @@ class Cluster(Group):
 
 
 class Checkpoint(Group):
+    """When the state of a run is kept, and how."""
+
     every_steps: PositiveInt | None = Field(
         None, description="Steps between checkpoints (default: a tenth of the run, at most 500)."
     )
@@ -415,56 +445,13 @@ class Checkpoint(Group):
         return run, int(step)
 
 
-class Suite(Group):
-    """One measured quality of the model."""
-
-    name: str
-    type: Literal["bits_per_byte", "multiple_choice", "json", "qa", "ifeval", "preference"] = Field(
-        description="json: generated JSON against the reference; qa: F1, exact match and right refusals; ifeval: "
-        "verifiable instructions; preference: whether the model agrees with people about answers."
-    )
-    path: str
-    limit: PositiveInt | None = None
-    max_new_tokens: PositiveInt = 128
-    schema_path: str | None = Field(
-        None,
-        description="File, local or s3://, with a JSON schema that answers of a `json` suite must satisfy.",
-    )
-    refusal: str | None = Field(
-        None, description="`qa`: the exact sentence that says the context holds no answer."
-    )
-    by: str | None = Field(
-        None, description="`preference`: a column by whose values the accuracy is also given (source, rater)."
-    )
-    forgetting: bool = Field(False, description="This suite measures what should not get worse.")
-
-
-class Eval(Group):
-    """What is measured: evaluation loss during the run, suites before and after it."""
-
-    every_steps: PositiveInt | None = None
-    batch_size: PositiveInt = Field(16, description="Rows scored or generated at a time by a rank.")
-    suites: list[Suite] = Field(default_factory=list)
-    before: bool = Field(True, description="Measure the suites before training too.")
-    answers: PositiveInt = Field(
-        1, description="Methods that learn from rewards: answers to each prompt of data.eval."
-    )
-
-    @field_validator("suites")
-    @classmethod
-    def _unique_names(cls, suites: list[Suite]) -> list[Suite]:
-        names = [s.name for s in suites]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two suites are named {name!r}")
-        return suites
-
-
 class Log(Group):
+    """What is told while a run goes on, and to whom."""
+
     every_steps: PositiveInt = Field(
         1, description="Steps between progress lines; the run log has every step."
     )
-    tensorboard: bool = False
+    tensorboard: bool = Field(False, description="Write event files into the run folder.")
     mlflow: str | None = Field(None, description="Tracking URI.")
     wandb: str | None = Field(None, description="Project.")
     group: str | None = Field(

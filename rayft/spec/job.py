@@ -16,7 +16,6 @@ from rayft.spec.groups import (
     Cluster,
     Data,
     Dpo,
-    Eval,
     Group,
     Log,
     Model,
@@ -24,6 +23,7 @@ from rayft.spec.groups import (
     Train,
     Zero,
 )
+from rayft.spec.measure import Eval
 from rayft.spec.rl import METHODS, Place, Placement, RewardSource, Rl, Rollout
 from rayft.spec.search import check_search
 from rayft.spec.tune import Tune
@@ -46,7 +46,9 @@ class Job(Group):
         "reinforcement learning from rewards of the model's own answers, each with its defaults of the group `rl`.",
     )
     storage: str = Field("runs", description="Folder or s3:// prefix under which the run folder lives.")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(
+        0, ge=0, description="Of everything that is drawn: weights, order of the rows, answers."
+    )
     model: Model
     adapter: Adapter = Field(default_factory=Adapter)
     data: Data
@@ -79,7 +81,7 @@ class Job(Group):
         if self.train.early_stopping_patience and not (self.data.eval and self.eval.every_steps):
             raise ValueError("train.early_stopping_patience needs data.eval and eval.every_steps")
         if self.eval.every_steps and not self.data.eval:
-            raise ValueError("eval.every_steps needs data.eval, the rows to measure the loss on")
+            raise ValueError("eval.every_steps needs data.eval, rows that are not trained on")
         self._reinforcement_agrees()
         for method in ("reward", "dpo"):
             group = getattr(self, method)
@@ -238,7 +240,7 @@ class Job(Group):
                 "placement.rollout: without rollout.engines answers are drawn inside the policy's processes"
             )
         ranks, given = self.cluster.max_workers, 0.0
-        models = sum(source.type == "model" for source in self.rewards)
+        models = sum(source.workers for source in self.rewards if source.type == "model")
         # Processes in the fullest bundle of a rank.
         beside = {"rollout": -(-self.rollout.engines // ranks), "rewards": -(-models // ranks)}
         for name, place in placement:

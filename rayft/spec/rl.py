@@ -88,21 +88,35 @@ class Rl(Group):
         "returns: the rewards as they are.",
     )
     advantage_scale: Literal["group", "batch", "none"] | None = Field(
-        None, description="group: by which standard deviation scores are divided."
+        None,
+        description="For the estimator group: scores are divided by the standard deviation of the prompt's answers (group), of all "
+        "answers of the step (batch), or not at all (none).",
     )
     whiten_advantages: bool | None = Field(
         None, description="Scale the step's advantages to mean 0, deviation 1."
     )
-    gamma: Fraction = 1.0
-    gae_lambda: Fraction = 0.95
+    gamma: Fraction = Field(1.0, description="Discount of a reward for each token that it comes later.")
+    gae_lambda: Fraction = Field(
+        0.95,
+        description="gae: how far ahead a token's advantage looks, 1 / (1 - gae_lambda) tokens or so (arXiv:1506.02438); 1: up to the end "
+        "of the answer, 0: one token, the rest being the critic's word.",
+    )
     loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] | None = Field(
-        None, description="constant: sums of tokens over rollout.max_new_tokens."
+        None,
+        description="token_mean: each token of the step counts the same; sequence_mean: each answer; constant: tokens are summed and "
+        "divided by answers x rollout.max_new_tokens, whatever the lengths.",
     )
     ratio: Literal["token", "sequence", "sequence_mean"] | None = Field(
-        None, description="Whose probabilities are compared with the old policy's: a token's or an answer's."
+        None,
+        description="Whose probability is divided by that under the old policy: a token's, an answer's (the product over its tokens: "
+        "sequence; their geometric mean, as in GSPO: sequence_mean).",
     )
-    clip_low: PositiveFloat | None = None
-    clip_high: PositiveFloat | None = None
+    clip_low: PositiveFloat | None = Field(
+        None, description="The ratio gets no gradient further down than 1 - clip_low (bad answers)."
+    )
+    clip_high: PositiveFloat | None = Field(
+        None, description="The ratio gets no gradient further up than 1 + clip_high (good answers)."
+    )
     clip_dual: PositiveFloat | None = Field(
         None, gt=1, description="Bound of the loss of tokens with negative advantage (arXiv:1912.09729)."
     )
@@ -112,8 +126,14 @@ class Rl(Group):
     kl_coef: NonNegativeFloat | None = Field(
         None, description="Weight of the divergence from the reference; 0 does without a reference."
     )
-    kl_in: Literal["reward", "loss"] | None = None
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    kl_in: Literal["reward", "loss"] | None = Field(
+        None,
+        description="Where the divergence counts: taken off the rewards, token by token, or added to the loss.",
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] | None = Field(
+        None,
+        description="Of d = log p - log p_reference of a token: k1: d; k2: d^2 / 2; k3: exp(-d) - 1 + d.",
+    )
     kl_weighted: bool | None = Field(
         None,
         description="In the loss: weight the estimate with the ratio to the old policy, which k1 and k3 need for the "
@@ -122,15 +142,23 @@ class Rl(Group):
     kl_target: PositiveFloat | None = Field(
         None, description="Nats an answer; kl_coef is moved towards what keeps the divergence there."
     )
-    kl_horizon: PositiveInt = Field(10_000, description="Answers over which kl_coef is moved.")
-    value_clip: PositiveFloat | None = 0.2
+    kl_horizon: PositiveInt = Field(
+        10_000,
+        description="kl_target: answers over which kl_coef changes by a fifth at most. A run of fewer answers than that hardly moves it.",
+    )
+    value_clip: PositiveFloat | None = Field(
+        0.2,
+        description="gae: the critic gets no gradient from values further than this from those at the time of the rollout, in units of "
+        "reward; null: no bound.",
+    )
     critic_learning_rate: PositiveFloat | None = Field(
         None, description="gae (default: train.learning_rate)."
     )
     critic_init: Literal["reward", "policy"] = Field(
         "reward",
         description="gae: what the critic begins as. reward: the first reward model, where it reads the policy's tokens; policy: the "
-        "policy with a new head that says 0, for reward models that judge unfinished answers far off.",
+        "policy with a new head that says 0, for reward models that judge unfinished answers far off, and what is taken where the reward "
+        "model reads other tokens, has an adapter or several heads.",
     )
     critic_warmup_steps: int = Field(0, ge=0, description="gae: first steps in which only the critic learns.")
     truncated: Literal["score", "penalty", "mask"] = Field(
@@ -138,9 +166,11 @@ class Rl(Group):
         description="Answers cut off at rollout.max_new_tokens: scored like others, given truncated_penalty, or left out "
         "of the loss.",
     )
-    truncated_penalty: float = -1.0
+    truncated_penalty: float = Field(-1.0, description="truncated penalty: the score of such an answer.")
     overlong_buffer: PositiveInt | None = Field(
-        None, description="Tokens before max_new_tokens over which length costs up to 1 (DAPO)."
+        None,
+        description="The last so many tokens before max_new_tokens cost, one after the other, up to 1 of an answer's score (DAPO). "
+        "Scores of held-out answers are without it.",
     )
     drop_uniform_groups: bool | None = Field(
         None, description="Leave out prompts whose answers all score the same and draw others instead (DAPO)."
@@ -243,7 +273,9 @@ class Rl(Group):
 class Rollout(Group):
     """How answers are drawn."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="What draws the answers; vllm needs engines, and the extra `vllm`."
+    )
     vllm: dict[str, Any] = Field(
         default_factory=dict, description="engine vllm: further arguments of `vllm.LLM`, passed through."
     )
@@ -257,20 +289,31 @@ class Rollout(Group):
         0,
         description="1: the next step's answers are drawn while a step trains, by the weights before it; needs engines.",
     )
-    max_new_tokens: PositiveInt = 128
-    temperature: PositiveFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: PositiveInt | None = None
+    max_new_tokens: PositiveInt = Field(
+        128,
+        description="Tokens at which an answer is cut off. What data.max_length has besides is for the prompt.",
+    )
+    temperature: PositiveFloat = Field(
+        1.0,
+        description="Logits are divided by it, by the engine and wherever the policy's probabilities are counted.",
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Draw from the likeliest tokens that have so much probability together."
+    )
+    top_k: PositiveInt | None = Field(None, description="Draw from the so many likeliest tokens.")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
         description="Texts that end an answer, beside the end of a turn; they stay in it.",
     )
     unit_prompts: PositiveInt | None = Field(
         None,
-        description="Prompts that are generated together, always the same ones, whoever does it (default: as many as make 32 "
-        "answers, or half of a step's).",
+        description="Prompts that are handed to an engine as one piece of work, always the same ones, whoever does it (default: as "
+        "many as make 32 answers, or half of a step's).",
     )
-    batch_size: PositiveInt = Field(64, description="Answers that an engine works on at a time.")
+    batch_size: PositiveInt = Field(
+        64,
+        description="Answers of a piece of work that an engine has in one pass at most; vllm: its max_num_seqs.",
+    )
     bucket_mb: PositiveFloat = Field(128.0, description="MB of weights that are gathered and sent at a time.")
 
     @property
@@ -315,17 +358,22 @@ class Place(Group):
 class Placement(Group):
     """Where roles live, beside the policy's ranks (group `cluster`) or apart. A critic apart has what a rank of the policy has."""
 
-    critic: Place = Field(default_factory=Place)
-    reference: Place = Field(default_factory=Place)
+    critic: Place = Field(default_factory=Place, description="As many processes as the policy has ranks.")
+    reference: Place = Field(
+        default_factory=Place,
+        description="As many processes as the policy has ranks, each with a whole model; none where the adapter off is the reference.",
+    )
     rollout: Place = Field(default_factory=Place, description="Each of rollout.engines.")
-    rewards: Place = Field(default_factory=Place, description="Each of rewards.")
+    rewards: Place = Field(default_factory=Place, description="Each process of each of rewards.")
 
 
 class RewardSource(Group):
     """One source of rewards."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$")]
-    type: Literal["function", "model", "http"]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$")] = Field(
+        description="What its scores are called in the log, in rollouts/ and in metrics."
+    )
+    type: Literal["function", "model", "http"] = Field(description="What kind of thing `path` is.")
     path: str = Field(
         description="function: `file.py:name` or `module:name`, called with prompts, completions and the other columns of the "
         "rows as lists; it returns a list of numbers. model: one made by `method: reward` (a run, folder or hub id). http: a URL "

@@ -174,14 +174,14 @@ class Objective(Group):
     metric: Annotated[str, Field(min_length=1)] = Field(
         description="Such as eval.loss, train.loss, suite.NAME.METRIC, change.NAME.METRIC, gpu_hours or seconds."
     )
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] = Field("min", description="Whether less of it is better, or more.")
 
 
 class Bound(Group):
     """What a metric must keep to for a trial to count."""
 
-    min: float | None = Field(None, exclude_if=_absent)
-    max: float | None = Field(None, exclude_if=_absent)
+    min: float | None = Field(None, exclude_if=_absent, description="The least it may be.")
+    max: float | None = Field(None, exclude_if=_absent, description="The most it may be.")
 
     @model_validator(mode="after")
     def _agrees(self) -> Bound:
@@ -217,7 +217,7 @@ class Tune(Group):
         description="What trials are compared by: eval.loss and other metrics of the held-out rows, train.loss and others of "
         "the last step, suite.NAME.METRIC after training, change.NAME.METRIC against before it, gpu_hours, cpu_hours, seconds.",
     )
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] = Field("min", description="Whether less of the metric is better, or more.")
     objectives: list[Objective] = Field(
         default_factory=list, description="Instead of metric: several that contradict each other (optuna)."
     )

@@ -143,6 +143,21 @@ def test_no_bundle_is_asked_for_more_than_it_has(engines: int, models: int) -> N
     assert len(made.spots["rollout"]) == engines
 
 
+def test_models_go_around_the_ranks_whatever_stands_between_them() -> None:
+    """What the job counts on when it says that something of each GPU is left to the policy."""
+    models = [{"name": f"m{number}", "type": "model", "path": "m"} for number in range(2)]
+    function = {"name": "f", "type": "function", "path": "r.py:f"}
+    made = table(
+        critic=False,
+        reference=False,
+        cluster={"num_workers": 2, "gpus_per_worker": 1},
+        rewards=[models[0], function, models[1]],
+        placement={"rewards": {"gpus": 0.5}},
+    )
+    assert [made.spots[f"reward m{number}"][0].bundle for number in range(2)] == [0, 1]
+    assert loads(made) == pytest.approx([1.0, 1.0])
+
+
 def test_roles_that_compute_have_a_gpu_of_their_own_apart() -> None:
     apart = {"apart": True}
     made = table(

@@ -96,6 +96,15 @@ def test_what_the_methods_choose() -> None:
             },
             "ask for 1 GPUs a rank",
         ),
+        (
+            "grpo",
+            {
+                "rewards": [{"name": "m", "type": "model", "path": "m", "workers": 2}],
+                "placement": {"rewards": {"gpus": 0.5}},
+                "cluster": {"gpus_per_worker": 1},
+            },
+            "ask for 1 GPUs a rank",
+        ),
         ("grpo", {"placement": {"reference": {"gpus": 0.5}}}, "cluster.gpus_per_worker is 0"),
         (
             "grpo",
