@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from rayft.errors import JobError
 from rayft.generate.engine import Drawn
@@ -57,22 +58,30 @@ class VllmEngine:
         if lora_r:
             room = next(rank for rank in LORA_RANKS if rank >= lora_r)
             adapters = {"enable_lora": True, "max_lora_rank": room, "max_loras": 1}
-        self._llm: Any = LLM(
-            **{
-                "model": str(folder),
-                "tokenizer": str(tokenizer),
-                "dtype": dtype,
-                "max_model_len": max_length,
-                "max_num_seqs": batch_size,
-                "seed": seed,
-                # Those of the tempered distribution, as the trainer computes them.
-                "logprobs_mode": "processed_logprobs",
-                "worker_extension_cls": "rayft.generate.vllm.Reloading",
-                "disable_log_stats": True,
-                **adapters,
-                **(options or {}),
-            }
-        )
+        arguments = {
+            "model": str(folder),
+            "tokenizer": str(tokenizer),
+            "dtype": dtype,
+            "max_model_len": max_length,
+            "max_num_seqs": batch_size,
+            "seed": seed,
+            # Those of the tempered distribution, as the trainer computes them.
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": "rayft.generate.vllm.Reloading",
+            "disable_log_stats": True,
+            **adapters,
+            **(options or {}),
+        }
+        try:
+            self._llm: Any = LLM(**arguments)
+        except (
+            TypeError,
+            ValidationError,
+        ) as error:  # what is wrong with the machine is another error, and may pass
+            raise JobError(
+                f"vLLM does not take its arguments: {_reason(error)}.",
+                "Correct rollout.vllm, whose keys are those of `vllm.LLM`, or what the job gives it (data.max_length).",
+            ) from error
         self._lora: Any = None
 
     def draw(
@@ -164,3 +173,11 @@ class Reloading:
         for head in (m for m in modules if isinstance(m, ParallelLMHead)):
             head.tie_weights(embedding)
             head.quant_method.process_weights_after_loading(head)
+
+
+def _reason(error: TypeError | ValidationError) -> str:
+    if isinstance(error, TypeError):
+        return str(error)
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else first["msg"]

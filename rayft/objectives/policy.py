@@ -102,7 +102,8 @@ class PolicyObjective:
     A batch is `token_tensors` with the columns old_logprobs, advantages, weights (`token_weights`), importance (the
     engine's correction; 1 without) and, with kl_in_loss, reference. Where the policy that is trained still is the old one, the batch
     may have engine_logprobs in place of old_logprobs and importance, which then follow from this very pass; `tell` is called
-    with the log-probabilities, fp32[N]. The denominator is 1: the weights say it all. Metrics are
+    with the log-probabilities, fp32[N]. The KL penalty has no correction for the engine, as TRL's and verl's have none: of answers by
+    older weights its gradient is that of tokens which those would draw. The denominator is 1: the weights say it all. Metrics are
     means weighted like the loss. temperature: that the tokens were drawn at; log-probabilities are those of the tempered policy.
     """
 

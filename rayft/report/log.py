@@ -6,9 +6,9 @@ Rows (every row also gets `time` in seconds since 1970, `epoch` of the lease and
      "tokens_per_s", "trained_tokens_per_s", "padding", "seconds": {"data", "forward", "backward", "optimizer",
      "checkpoint"}, "peak_memory_gb": [one per rank], "metrics": {the method's own, means over the step}}
     {"kind": "eval", "step", "loss" (none where rewards score answers), "tokens" (or, where all is a mean over them, "rows"),
-        "metrics", "took_s"}
-    {"kind": "issued", "step", "prompts"}: rows of all prompts that have been asked for a step; {"kind": "ledger", "step",
-        "trained", "uniform" (answered, and dropped since their answers all had the same reward), "too_long"}: what became of them
+        "metrics", "took_s", "too_long" (held-out prompts that were left out for their length)}
+    {"kind": "issued", "step", "prompts"}: rows of all prompts that have been asked for a step; {"kind": "generated", "step",
+        "prompts"}: that all of these are answered and scored; {"kind": "ledger", "step", "trained", "uniform" (answered, and dropped since their answers all had the same reward), "too_long"}: what became of them
     {"kind": "suites", "when": "before" | "after", "step", "results": {suite: {metric: value}}, "took_s"}
     {"kind": "event", "event", "message", ...}; `open` (a driver starts) carries `began`, `user`, `team` and `devices` asked for,
         `start` and `resume` (an attempt begins) `resumed_step` and `devices` held, `checkpoint` (it is committed) its `step` and,

@@ -29,6 +29,11 @@ class Ahead:
         """Whether there is one."""
         return self._step is not None
 
+    @property
+    def there(self) -> bool:
+        """Whether there is one and it is done, without having failed."""
+        return self._step is not None and self._step.done() and self._step.exception() is None
+
     def begin(self, draw: Callable[[], Step]) -> None:
         """Draw a step."""
         self._step = self._pool.submit(draw)

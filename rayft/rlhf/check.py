@@ -9,6 +9,7 @@ from rich.markup import escape
 from rayft.data.template import ChatTokenizer
 from rayft.errors import DataError
 from rayft.model.files import load_tokenizer, resolve_model
+from rayft.rlhf.held_out import held_out_prompts
 from rayft.rlhf.prompts import PromptSet
 from rayft.rlhf.rewards import load_function
 from rayft.spec import Job
@@ -17,7 +18,7 @@ from rayft.train.prepare import with_absolute_paths
 
 
 def check_job(job: Job, *, samples: int = 3) -> int:
-    """Show prompts of the first epoch, their lengths and what is left out. Raises DataError if nothing is left."""
+    """Show prompts of the first epoch and held-out ones, lengths and what is left out. Raises DataError if nothing is left."""
     job = with_absolute_paths(job)
     console, node_dir = Console(), node_cache_dir()
     chat = ChatTokenizer(load_tokenizer(resolve_model(job.model, node_dir), job.model))
@@ -26,6 +27,14 @@ def check_job(job: Job, *, samples: int = 3) -> int:
     for source in job.rewards:
         if source.type == "function":
             load_function(source.path)
+    _show(prompts, "data.train", console, samples)
+    if job.data.eval:
+        _show(held_out_prompts(job, chat, node_dir), "data.eval", console, 1)
+    return 0
+
+
+def _show(prompts: PromptSet, key: str, console: Console, samples: int) -> None:
+    """The first prompts of an epoch, the lengths of all, and how many are left out."""
     lengths, too_long = [], 0
     for position in range(prompts.order.epoch_rows()):
         prompt = prompts.at(position)
@@ -35,22 +44,23 @@ def check_job(job: Job, *, samples: int = 3) -> int:
         lengths.append(len(prompt.ids))
         if len(lengths) <= samples:
             console.rule(
-                f"prompt {len(lengths)}: {len(prompt.ids)} tokens, columns {', '.join(prompt.columns) or 'none'}"
+                f"{key}, prompt {len(lengths)}: {len(prompt.ids)} tokens, columns {', '.join(prompt.columns) or 'none'}"
             )
-            console.print(escape(chat.tokenizer.decode(list(prompt.ids))), highlight=False)
+            console.print(escape(prompts.chat.tokenizer.decode(list(prompt.ids))), highlight=False)
     if not lengths:
         raise DataError(
-            f"No prompt of data.train has at most {longest} tokens (data.max_length less rollout.max_new_tokens).",
+            f"No prompt of {key} has at most {prompts.longest} tokens (data.max_length less rollout.max_new_tokens).",
             "Raise data.max_length, or lower rollout.max_new_tokens.",
         )
     console.rule()
     low, middle, high = np.percentile(lengths, [0, 50, 100])
     console.print(
-        f"{len(lengths)} prompts of {low:.0f} to {high:.0f} tokens, half of them up to {middle:.0f}",
+        f"{key}: {len(lengths)} prompts of {low:.0f} to {high:.0f} tokens, half of them up to {middle:.0f}",
         highlight=False,
     )
     if too_long:
         console.print(
-            f"{too_long} are longer than {longest} tokens and are left out", style="yellow", highlight=False
+            f"{too_long} are longer than {prompts.longest} tokens and are left out",
+            style="yellow",
+            highlight=False,
         )
-    return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rayft.data.template import ChatTokenizer
 from rayft.rlhf.browse import read_rows
 from rayft.rlhf.kept import keep_rollouts, key_of
 from rayft.rlhf.layout import lay_out
@@ -18,7 +19,7 @@ from rayft.rlhf.prompts import PromptSet
 from rayft.rlhf.roles import Roles
 from rayft.rlhf.rollout import Rollout
 from rayft.rlhf.step import Scored
-from rayft.spec import RewardSource
+from rayft.spec import Job, RewardSource
 from rayft.storage import ObjectNotFound, Store
 
 #: Added to the run's seed, so that no held-out answer is drawn from a stream that a trained one is drawn from.
@@ -27,15 +28,20 @@ SEED = 1 << 32
 BEFORE, GIVEN = "held-out-before.json", "held-out-given.json"
 
 
+def held_out_prompts(job: Job, chat: ChatTokenizer, node_dir: Path) -> PromptSet:
+    """The prompts of data.eval, in their order."""
+    data = job.data.model_copy(update={"train": job.data.eval})
+    longest = data.max_length - job.rollout.max_new_tokens
+    return PromptSet(data, chat, seed=None, longest=longest, node_dir=node_dir, key="data.eval")
+
+
 class HeldOut:
     """The prompts of data.eval, each answered `eval.answers` times as in training, by the same seeds every time."""
 
     def __init__(self, prepared: RlPrepared, store: Store, node_dir: Path) -> None:
         self.plan, self.store = prepared.plan, store
-        job, chat = self.plan.job, prepared.prompts.chat
-        data = job.data.model_copy(update={"train": job.data.eval})
-        longest = data.max_length - job.rollout.max_new_tokens
-        prompts = PromptSet(data, chat, seed=None, longest=longest, node_dir=node_dir, key="data.eval")
+        job = self.plan.job
+        prompts = held_out_prompts(job, prepared.prompts.chat, node_dir)
         of_the_start = [
             prepared.files.identity,
             prompts.identity,
@@ -49,7 +55,8 @@ class HeldOut:
         ]
         #: What decides on what is measured before the first step.
         self._of_the_start = hashlib.blake2b(json.dumps(of_the_start).encode(), digest_size=16).hexdigest()
-        self.prompts = prompts.take(0, prompts.order.epoch_rows(), prompts.order.epoch_rows()).prompts
+        taken = prompts.take(0, prompts.order.epoch_rows(), prompts.order.epoch_rows())
+        self.prompts, self.too_long = taken.prompts, len(taken.too_long)
 
     def measure(self, roles: Roles, step: int, leave: Callable[[], bool]) -> dict[str, float]:
         """Metrics of the policy after so many steps; keeps the answers as `rollouts/held-out-N.parquet`, and before the first step

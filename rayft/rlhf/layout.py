@@ -71,6 +71,13 @@ def lay_out(
     return mini_batches
 
 
+def padding_of(layout: Sequence[MiniBatch], lengths: Sequence[int], *, packed: bool) -> float:
+    """Share of the computed tokens that is padding: none in packs."""
+    batches = [batch for part in layout for own in part.ranks for batch in own if batch and not packed]
+    computed = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    return 1 - sum(lengths[i] for batch in batches for i in batch) / computed if computed else 0.0
+
+
 def layout_of(rollouts: Sequence[Rollout], plan: RlPlan, *, ranks: int, step: int) -> list[MiniBatch]:
     """The layout of a step of a run."""
     return lay_out(

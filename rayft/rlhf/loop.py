@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import ray
@@ -28,7 +28,7 @@ from rayft.rlhf.experience import (
 from rayft.rlhf.finished import Interrupted, keep_finished, kept_finished
 from rayft.rlhf.held_out import HeldOut
 from rayft.rlhf.kept import keep_rollouts
-from rayft.rlhf.layout import MiniBatch, layout_of
+from rayft.rlhf.layout import MiniBatch, layout_of, padding_of
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.prompts import Prompt, PromptSet
 from rayft.rlhf.roles import Roles
@@ -93,7 +93,10 @@ class Loop:
         self._finished = kept_finished(store, state.step, state.saved_epoch, prompts)
         self._ahead = Ahead() if self.job.rollout.lag else None
         if self._ahead and state.ahead:
-            self._ahead.have(kept_ahead(store, state.ahead, prompts))
+            step = kept_ahead(store, state.ahead, prompts)
+            for what in ("issued", "generated"):  # what the log has of a step after the checkpoint is void
+                self._tell(what, state.step + 1, step.prompts)
+            self._ahead.have(step)
 
     def train(self) -> None:
         """The run."""
@@ -121,6 +124,7 @@ class Loop:
             rollouts, count = step.answers.rollouts, len(step.answers.rollouts)
             lengths = [rollout.length for rollout in rollouts]
             layout = layout_of(rollouts, self.plan, ranks=len(roles.policy), step=state.step)
+            step.padding = padding_of(layout, lengths, packed=self.plan.packed)
             with self._may_be_left(), step.timed("scoring"):
                 roles.take(rollouts, layout)
                 old = None if self.plan.one_pass else roles.old_logprobs(count)
@@ -176,8 +180,8 @@ class Loop:
 
     @contextlib.contextmanager
     def _may_be_left(self) -> Iterator[None]:
-        """Around what comes before the first update of a step: the state is that of the last step, which is saved where the run
-        should leave, or where something cannot be had. One step behind, what has been drawn is not given up."""
+        """Around what lies between the last update of a step and the first of the next, where the state is that of a whole step: it is
+        saved where the run should leave, or where something cannot be had. One step behind, what has been drawn is not given up."""
         try:
             with contextlib.nullcontext() if self._ahead else self.roles.heeding(self._leaving):
                 yield
@@ -214,7 +218,9 @@ class Loop:
         number = self.state.step + 1
         step = drawn or self._answers(number, self.state.position)
         if self._ahead and self._more(number, step.next_position):
-            self._ahead.begin(partial(self._answers, number + 1, step.next_position))
+            self._ahead.begin(partial(self._last_answers, number + 1, step.next_position))
+        elif not drawn:
+            self.roles.answered()
         if drawn:
             step.ahead, step.seconds = step.seconds, {"waiting": waited}
         step.sync |= sync
@@ -228,19 +234,18 @@ class Loop:
     def _measure_held_out(self) -> None:
         if self.held_out is None:
             return
-        if self._ahead and self._ahead.begun:
-            self._ahead.look()  # the engines are not free before
-        began = time.perf_counter()
         given = self.held_out.given() if self.state.step == 0 else None
-        try:
+        with self._may_be_left():  # the next start measures it first
+            if self._ahead and self._ahead.begun:
+                self._ahead.look()  # the engines are not free before
+            began = time.perf_counter()
             with self.roles.heeding(self._leaving):
                 metrics = given or self.held_out.measure(self.roles, self.state.step, self._leaving)
-        except Interrupted:  # the next start measures it first
-            self._leave()
         row = {
             "kind": "eval",
             "step": self.state.step,
             "rows": len(self.held_out.prompts),
+            "too_long": self.held_out.too_long,
             "metrics": metrics,
         }
         took = {} if given else {"took_s": round(time.perf_counter() - began, 3)}
@@ -264,7 +269,7 @@ class Loop:
             if not taken.prompts:
                 break
             issued += [prompt.row for prompt in taken.prompts]
-            self.recorder.row.remote({"kind": "issued", "step": number, "prompts": issued})
+            self._tell("issued", number, issued)
             with step.timed("generation"):
                 rollouts = self._drawn(taken.prompts)
             with step.timed("reward"):
@@ -280,8 +285,19 @@ class Loop:
             step.dropped.add(rollouts, scores_S, by_source, ~kept_S)
             if kept_P.all():
                 break
+        if issued:
+            self._tell("generated", number, issued)
+        return step
+
+    def _last_answers(self, number: int, position: int) -> Step:
+        """`_answers`, the last by these weights."""
+        step = self._answers(number, position)
         self.roles.answered()
         return step
+
+    def _tell(self, what: Literal["issued", "generated"], number: int, rows: Sequence[int]) -> None:
+        """How far the prompts of a step have come, for the log; what became of them stands in its ledger."""
+        self.recorder.row.remote({"kind": what, "step": number, "prompts": list(rows)})
 
     def _keep_dropped(self, step: Step, number: int) -> None:
         if step.dropped.rollouts:
@@ -356,7 +372,7 @@ class Loop:
             "trained_tokens": answered,
             "tokens_per_s": sum(lengths) / seconds,
             "trained_tokens_per_s": answered / seconds,
-            "padding": 0.0,
+            "padding": round(step.padding, 4),
             "seconds": {name: round(value, 4) for name, value in seconds_by_phase.items()},
             "ahead_seconds": {name: round(value, 4) for name, value in step.ahead.items()},
             "sync": {name: round(value, 6) for name, value in step.sync.items()},
@@ -388,7 +404,7 @@ class Loop:
         """Save the last whole step where what comes after it cannot be had, such as a reward; that it cannot be is what is told."""
         with contextlib.suppress(RayftError, ray.exceptions.RayError):
             # One step behind, a checkpoint without the answers that could not be had would go on otherwise.
-            if self._ahead is None and self.state.step > self._saved_step:
+            if (self._ahead is None or self._ahead.there) and self.state.step > self._saved_step:
                 self._save()
             self._finish_saving()
             if self._finished and self.state.saved_epoch:

@@ -32,9 +32,9 @@ LOSS_COLUMNS = ("old_logprobs", "advantages", "importance", "weights", "referenc
 
 
 def replay(run: str, step: int, console: Console | None = None) -> int:
-    """Print loss and gradient norm of each update of a step as it would be again, and whether the probabilities are the kept ones.
+    """Print loss and gradient norm of each update of a step as it is made again, and whether the probabilities are the kept ones.
 
-    Nothing is trained and nothing is written. Raises JobError where the weights of then are not kept any more.
+    What comes of it is thrown away and nothing is written. Raises JobError where the weights of then are not kept any more.
     """
     console, run_uri = console or Console(), absolute_uri(run.rstrip("/"))
     store = open_store(run_uri)
@@ -60,14 +60,20 @@ def replay(run: str, step: int, console: Console | None = None) -> int:
             gap = max(float(np.abs(a - b).max()) for a, b in zip(old, columns["old_logprobs"], strict=True))
             console.print(f"log-probabilities: largest |Δ| to those kept {gap:g}", highlight=False)
             coef = float(logged["metrics"].get("kl_coef", job.rl.kl_coef or 0.0))
-            for number in range(len(layout)):
-                critic = roles.update_critic(number, columns, 0.0)
-                result = roles.update_policy(number, columns, 0.0, coef)
-                value = f", critic's loss {critic.loss:.6g}" if critic else ""
-                console.print(
-                    f"update {number + 1} of {len(layout)}: loss {result.loss:.6g}, gradient norm {result.grad_norm:.4g}{value}",
-                    highlight=False,
-                )
+            rate = float(logged.get("learning_rate", 0.0))
+            critic_rate = (
+                rate * (job.rl.critic_learning_rate or job.train.learning_rate) / job.train.learning_rate
+            )
+            updates = [number for _ in range(job.rl.num_epochs or 1) for number in range(len(layout))]
+            for count, number in enumerate(updates, 1):
+                said = []
+                critic = roles.update_critic(number, columns, critic_rate)
+                if step > job.rl.critic_warmup_steps:
+                    made = roles.update_policy(number, columns, rate, coef)
+                    said = [f"loss {made.loss:.6g}, gradient norm {made.grad_norm:.4g}"]
+                if critic:
+                    said.append(f"critic's loss {critic.loss:.6g}, gradient norm {critic.grad_norm:.4g}")
+                console.print(f"update {count} of {len(updates)}: {'; '.join(said)}", highlight=False)
         finally:
             roles.close()
             ray.kill(recorder)

@@ -106,17 +106,19 @@ class ModelScorer:
     ) -> list[float]:
         """Scores of the conversations in the reward model's own template; a length beyond its context is refused."""
         from rayft.data.comparisons import Comparison
-        from rayft.data.formats import Conversation, PromptCompletion
+        from rayft.data.formats import Conversation, PromptCompletion, json_value
+        from rayft.data.messages import check_tools
 
-        rows = []
-        for prompt, answer in zip(prompts, answers, strict=True):
+        rows, names = [], [f"answer {number} of the step" for number in range(1, len(answers) + 1)]
+        tools_S = columns.get("tools", [None] * len(answers))
+        for prompt, answer, given, where in zip(prompts, answers, tools_S, names, strict=True):
             if isinstance(prompt, str):
                 rows.append(Comparison((PromptCompletion(prompt, answer),), 0.0))
                 continue
             messages = [*prompt, {"role": "assistant", "content": answer}]
-            made = Conversation(messages, None, [None] * len(messages), completion_from=len(prompt))
+            tools = check_tools(json_value(given, "'tools'", where), where)  # which the policy was shown too
+            made = Conversation(messages, tools, [None] * len(messages), completion_from=len(prompt))
             rows.append(Comparison((made,), 0.0))
-        names = [f"answer {number} of the step" for number in range(1, len(rows) + 1)]
         documents = []
         for encoded in self._chat.encode_batch(rows, names):
             if isinstance(encoded, DataError):

@@ -40,7 +40,7 @@ class Step:
     """The answers of a step; dropped: those that are not trained on, since their group had no spread.
 
     ledger: what became of each prompt that was drawn, by its row. seconds: by phase, of the step's own time; ahead: of the time
-    beside the step before. sync: what sending the weights took.
+    beside the step before. sync: what sending the weights took. padding: share of what its updates compute.
     """
 
     next_position: int
@@ -52,6 +52,13 @@ class Step:
     seconds: dict[str, float] = field(default_factory=dict)
     ahead: dict[str, float] = field(default_factory=dict)
     sync: dict[str, float] = field(default_factory=dict)
+    padding: float = 0.0
+
+    @property
+    def prompts(self) -> list[int]:
+        """Rows of all prompts that it was drawn for, in the order in which they were asked."""
+        drawn = [*self.answers.rollouts, *self.dropped.rollouts]
+        return [row for _, row in sorted({(r.prompt.position, r.prompt.row) for r in drawn})]
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:

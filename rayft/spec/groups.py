@@ -367,7 +367,8 @@ class Cluster(Group):
     )
     hang_timeout_s: PositiveFloat = Field(
         600.0,
-        description="Seconds without progress of a rank before stacks are dumped and the group restarted.",
+        description="Seconds without progress of a rank before stacks are dumped and the group restarted. Methods that learn from "
+        "rewards: seconds that a process may be at one piece of a step (a sync, a piece of generation, log-probabilities, an update).",
     )
     start_timeout_s: PositiveFloat = Field(300.0, description="Seconds to wait for the workers to start.")
     wait_s: NonNegativeFloat = Field(

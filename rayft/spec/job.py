@@ -199,6 +199,8 @@ class Job(Group):
             raise ValueError(
                 f"rollout.engine vllm takes adapters up to adapter.lora_r 512, not {self.adapter.lora_r}"
             )
+        if self.eval.answers > 1 and not self.data.eval:
+            raise ValueError("eval.answers needs data.eval, the prompts to be answered so often")
         self._placement_agrees()
         if self.adapter.type == "qlora":
             raise ValueError(f"adapter.type qlora is not there yet for method {self.method}; use lora")
@@ -235,6 +237,10 @@ class Job(Group):
             )
         if placement.reference != Place() and not rl.kl_coef:
             raise ValueError("placement.reference: without rl.kl_coef there is no reference")
+        if placement.reference != Place() and self.reference == "adapter":
+            raise ValueError(
+                "placement.reference: the reference is the policy with its adapter off, which has no processes of its own"
+            )
         if placement.rollout != Place() and not self.rollout.engines:
             raise ValueError(
                 "placement.rollout: without rollout.engines answers are drawn inside the policy's processes"

@@ -189,6 +189,11 @@ class Rl(Group):
             made.advantage_scale = None
         if made.kl_weighted is None:
             made.kl_weighted = made.kl_in == "loss" and made.kl_estimator != "k2"
+        if not made.kl_coef:
+            own = {**choices, "kl_weighted": choices["kl_in"] == "loss" and choices["kl_estimator"] != "k2"}
+            for name in ("kl_in", "kl_estimator", "kl_weighted"):
+                if getattr(made, name) != own[name]:
+                    raise ValueError(f"rl.{name} does nothing while rl.kl_coef is 0")
         made._refuse_contradictions()
         return made
 
@@ -270,6 +275,22 @@ class Rl(Group):
             raise ValueError("rl.truncated_penalty needs rl.truncated penalty")
 
 
+#: Arguments of `vllm.LLM` that rayft sets, and what to use instead.
+OF_VLLM = {
+    "model": "model.path",
+    "tokenizer": "model.tokenizer",
+    "dtype": "train.precision",
+    "max_model_len": "data.max_length",
+    "max_num_seqs": "rollout.batch_size",
+    "seed": "seed",
+    "enable_lora": "adapter",
+    "max_lora_rank": "adapter.lora_r",
+    "max_loras": "nothing: there is one adapter",
+    "logprobs_mode": "nothing: probabilities must be those that the trainer computes",
+    "worker_extension_cls": "nothing: new weights are taken in by it",
+}
+
+
 class Rollout(Group):
     """How answers are drawn."""
 
@@ -333,6 +354,10 @@ class Rollout(Group):
                     "rollout.top_p and rollout.top_k are not for engine vllm: the probabilities it tells are those of what they "
                     "leave, and the trainer's are not"
                 )
+            if ours := sorted(OF_VLLM.keys() & self.vllm.keys()):
+                raise ValueError(
+                    f"rollout.vllm.{ours[0]} contradicts what rayft sets; use {OF_VLLM[ours[0]]}"
+                )
         elif self.vllm:
             raise ValueError("rollout.vllm is for engine vllm")
         if self.lag and not self.engines:
@@ -361,7 +386,8 @@ class Placement(Group):
     critic: Place = Field(default_factory=Place, description="As many processes as the policy has ranks.")
     reference: Place = Field(
         default_factory=Place,
-        description="As many processes as the policy has ranks, each with a whole model; none where the adapter off is the reference.",
+        description="As many processes as the policy has ranks, each with a whole model. Under LoRA there are none: the policy with its "
+        "adapter off is the reference.",
     )
     rollout: Place = Field(default_factory=Place, description="Each of rollout.engines.")
     rewards: Place = Field(default_factory=Place, description="Each process of each of rewards.")

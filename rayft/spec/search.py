@@ -46,8 +46,22 @@ OF_THE_STATE = re.compile(
     r"|rewards\.\d+\.(name|type|path))(\.|$)"
     r"|(adapter|train|reward|rl|rollout|rewards(\.\d+)?)$"
 )
-#: Further ones where answers are drawn ahead (rollout.lag): those for the step after a checkpoint are there already.
-SAME_WITH_LAG = ("train.global_batch_size", "rl.num_generations", "rollout.temperature", "rollout.top_p")
+#: Further ones where answers are drawn ahead (rollout.lag): those for the step after a checkpoint are there already, and scored.
+SAME_WITH_LAG = (
+    "train.global_batch_size",
+    "rl.num_generations",
+    "rl.truncated",
+    "rl.truncated_penalty",
+    "rl.overlong_buffer",
+    "rl.drop_uniform_groups",
+    "rl.max_refills",
+    "rollout.max_new_tokens",
+    "rollout.temperature",
+    "rollout.top_p",
+    "rollout.top_k",
+    "rollout.stop",
+    "rewards",
+)
 #: Parts of each dimension's probability at which its values are tried: the ends, and points that no rule is made for.
 ENDS_AND_BETWEEN = (0.0, 1.0, 0.381966, 0.618034)
 
@@ -405,7 +419,8 @@ def _scheduler_agrees(job: Job, tune: Tune) -> None:
 
 def _forks_agree(job: Job, tune: Tune) -> None:
     """Raise ValueError where a trial that goes on from another's state could not do so, or would not report what is asked for."""
-    if ahead := [key for key in tune.space if job.rollout.lag and key in SAME_WITH_LAG]:
+    same = re.compile("(" + "|".join(map(re.escape, SAME_WITH_LAG)) + r")(\.|$)")
+    if ahead := [key for key in tune.space if job.rollout.lag and same.match(key)]:
         raise ValueError(
             f"tune.space: {ahead[0]} cannot be changed by the scheduler {tune.scheduler} under rollout.lag {job.rollout.lag}: a "
             "trial goes on with answers that were drawn ahead under the other's value; set rollout.lag to 0"

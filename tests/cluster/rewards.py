@@ -67,6 +67,14 @@ def late(prompts, completions, **_):
     CALLS.append(len(completions))
     assert len(CALLS) < 3, "the third step has no scores"
     return small(prompts, completions)
+
+def late_judge(prompts, completions, **_):
+    """Scores of all answers but those to three held-out prompts when they are asked for the second time."""
+    if len(completions) == 3:
+        with (HERE / "judged").open("a") as file:
+            file.write("x")
+        assert (HERE / "judged").read_text() != "xx", "the judge has gone home"
+    return small(prompts, completions)
 '''
 
 

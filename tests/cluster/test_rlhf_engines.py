@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from rayft.cli import main
 from rayft.report.log import read_log
 from rayft.rlhf.browse import read_rows
 from rayft.rlhf.kept import key_of
+from rayft.rlhf.loop import Loop
+from rayft.rlhf.step import Step
 from rayft.spec import Job
 from rayft.storage import open_store
 from tests.cluster.rewards import prepare_folder, rl_job
-from tests.runs import assert_same_state, write_job
+from tests.runs import assert_same_state, events, write_job
 
 pytestmark = pytest.mark.slow
 
@@ -101,12 +104,15 @@ def test_weights_that_are_sharded_reach_the_engine(
 
 
 @pytest.mark.full
-def test_ranks_stages_and_places_change_nothing_but_rounding(folder: Path, local_ray: None) -> None:
-    """PPO with an adapter: one process for each role on the policy's bundle; and two ranks under ZeRO-3 for policy and critic, every
-    role in bundles of its own, two of the reward."""
+@pytest.mark.parametrize("adapter", [LORA, {"type": "none"}], ids=["adapter", "full"])
+def test_ranks_stages_and_places_change_nothing_but_rounding(
+    adapter: dict[str, Any], folder: Path, local_ray: None
+) -> None:
+    """PPO: one process for each role on the policy's bundle; and two ranks under ZeRO-3 for policy and critic, every role in bundles
+    of its own, two of the reward. With an adapter the reference is the policy without it; else it is a role too."""
     scorer = {"name": "model", "type": "model", "path": str(folder / "scorer")}
     groups: dict[str, Any] = {
-        "adapter": LORA,
+        "adapter": adapter,
         "rl": {"critic_learning_rate": 1e-2, "num_mini_batches": 2},
         "rollout": {"engines": 1},
         "eval": {"every_steps": 2},
@@ -114,13 +120,22 @@ def test_ranks_stages_and_places_change_nothing_but_rounding(folder: Path, local
     data = {"train": [{"path": str(folder / "prompts.jsonl")}], "max_length": 96}
     groups["data"] = {**data, "eval": [{"path": str(folder / "prompts.jsonl"), "limit": 4}]}
     part = {"apart": True, "cpus": 0.25}
-    places = {"critic": {"apart": True}, "reference": part, "rollout": part, "rewards": part}
+    places = {"critic": {"apart": True}, "rollout": part, "rewards": part}
+    kind = adapter["type"]
+    if kind == "none":
+        places["reference"] = part
     together = job_of(
-        folder, "together", "ppo", rewards=[scorer], cluster={"num_workers": 1}, zero={"stage": 0}, **groups
+        folder,
+        f"together-{kind}",
+        "ppo",
+        rewards=[scorer],
+        cluster={"num_workers": 1},
+        zero={"stage": 0},
+        **groups,
     )
     spread = job_of(
         folder,
-        "spread",
+        f"spread-{kind}",
         "ppo",
         rewards=[{**scorer, "workers": 2}],
         cluster={"num_workers": 2, "cpus_per_worker": 0.25},
@@ -137,6 +152,29 @@ def test_ranks_stages_and_places_change_nothing_but_rounding(folder: Path, local
             assert theirs["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
     assert one[-1]["metrics"]["kl"] != 0
     assert one[0]["metrics"]["value_loss"] != one[-1]["metrics"]["value_loss"]
+
+
+def test_an_engine_is_lost_before_it_draws_ahead_for_the_first_time(
+    folder: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it has drawn for step 1 and is about to for step 2, by the same weights: the next process has them too."""
+    rollout = {**APART, "lag": 1}
+    run(job_of(folder, "never-lost", "dr_grpo", rollout=rollout), folder)
+    ahead, lost = Loop._last_answers, []
+
+    def losing(self: Loop, number: int, position: int) -> Step:
+        if not lost:
+            lost.append(number)
+            assert self.roles.engines is not None
+            ray.kill(self.roles.engines._group.actors[0])
+        return ahead(self, number, position)
+
+    monkeypatch.setattr(Loop, "_last_answers", losing)
+    run(job_of(folder, "lost", "dr_grpo", rollout=rollout), folder)
+    assert lost == [2]
+    store = open_store(folder / "runs" / "lost")
+    assert "rollout" in events(store, "recovery")[0]["message"]
+    assert_same_state(folder / "runs" / "lost", folder / "runs" / "never-lost")
 
 
 def test_one_step_behind(folder: Path, local_ray: None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rayft.cli import main
@@ -23,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
         folder,
         "ppo",
         name="run",
-        rl={"num_generations": 4, "num_epochs": 1},
+        rl={"num_generations": 4, "num_epochs": 2, "num_mini_batches": 2},
         data={
             "train": [{"path": str(folder / "prompts.jsonl")}],
             "eval": [{"path": str(folder / "prompts.jsonl"), "limit": 4}],
@@ -106,8 +107,11 @@ def test_a_step_is_replayed_to_the_last_bit(
     out = rollouts(capfd, run, "--replay", "3")
     assert "largest |Δ| to those kept 0" in out
     [logged] = [row for row in read_log(open_store(run)) if row["kind"] == "step" and row["step"] == 3]
-    found = re.search(r"update 1 of 1: loss (\S+), gradient norm (\S+), critic's loss (\S+)", out)
-    assert found is not None
-    assert float(found[1]) == pytest.approx(logged["loss"], rel=1e-5)
-    assert float(found[2]) == pytest.approx(logged["grad_norm"], rel=1e-3)
+    found = re.findall(r"update \d of 4: loss (\S+), gradient norm (\S+); critic's loss (\S+),", out)
+    losses, norms, critic_losses = np.array(found, np.float64).T
+    assert len(losses) == 4
+    assert losses.mean() == pytest.approx(logged["loss"], rel=1e-5)
+    assert norms.max() == pytest.approx(logged["grad_norm"], rel=1e-3)
+    assert critic_losses[0] == pytest.approx(logged["metrics"]["value_loss"], rel=1e-5)
+    assert len(set(critic_losses)) == 4
     assert sorted((path, path.stat().st_mtime) for path in run.rglob("*")) == before

@@ -312,6 +312,40 @@ def test_a_reward_that_fails_late_loses_no_step(
     assert_same_state(folder / "runs" / "late", folder / "runs" / "never-late")
 
 
+@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.full)])
+def test_a_judge_that_fails_late_loses_no_step(
+    lag: int, folder: Path, capfd: pytest.CaptureFixture[str], local_ray: None
+) -> None:
+    """One that is measured and not learned from, at held-out prompts: the steps before are saved."""
+    (folder / "judged").unlink(missing_ok=True)
+    prompts = {"path": str(folder / "prompts.jsonl")}
+    groups: dict[str, Any] = {
+        "checkpoint": {"every_steps": 1000},
+        "cluster": {"num_workers": 1},
+        "zero": {"stage": 0},
+        "rollout": {"max_new_tokens": 12, "unit_prompts": 2, "engines": 1, "lag": lag},
+        "data": {"train": [prompts], "eval": [{**prompts, "limit": 3}], "max_length": 96},
+        "eval": {"every_steps": 2},
+    }
+    learned = function(folder, "small")
+    judge = {**function(folder, "late_judge"), "name": "judge", "weight": 0}
+    name = f"judged-{lag}"
+    job = rl_job(folder, "grpo", name=name, rewards=[learned, judge], **groups)
+    store = open_store(folder / "runs" / name)
+    assert run(job, folder) == 2
+    assert "the judge has gone home" in capfd.readouterr().err
+    assert committed_steps(store) == [2]
+    assert run(job, folder) == 0
+    assert events(store, "resume")[-1]["repeated"] == 0
+    log = read_log(store)
+    for what in ("issued", "generated"):
+        told = [row["prompts"] for row in log if row["kind"] == what]
+        assert told == [row["trained"] for row in log if row["kind"] == "ledger"], what
+    whole = rl_job(folder, "grpo", name=f"never-{name}", rewards=[learned], **groups)
+    assert run(whole, folder) == 0
+    assert_same_state(folder / "runs" / name, folder / "runs" / f"never-{name}")
+
+
 @pytest.mark.full
 def test_a_run_that_drew_ahead_is_prolonged(folder: Path, local_ray: None) -> None:
     """By a fork of its last checkpoint, which has no answers for the step after it."""

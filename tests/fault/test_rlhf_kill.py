@@ -72,7 +72,11 @@ def job_file(folder: Path, kind: str, name: str) -> tuple[Path, Path]:
 
 def facts(uri: Path | str) -> list[Any]:
     """What the log says of every step, but for times and memory."""
-    rows = [row for row in read_log(open_store(uri)) if row["kind"] in ("step", "ledger")]
+    kinds = ("issued", "generated", "step", "ledger")
+    rows = [row for row in read_log(open_store(uri)) if row["kind"] in kinds]
+    rows.sort(
+        key=lambda row: (row["step"], kinds.index(row["kind"]))
+    )  # one step ahead is told beside the step
     changing = {
         "time",
         "epoch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,18 +123,42 @@ def test_the_ratio_of_a_whole_answer_has_the_same_gradient() -> None:
     torch.testing.assert_close(-expected, policy.gradient_of_return(), rtol=1e-10, atol=1e-12)
 
 
-def test_off_policy_samples_are_weighted_back() -> None:
-    """Answers drawn by another policy (an engine's), old log-probabilities the trainer's own: the importance corrects."""
+class OfTable(PolicyObjective):
+    """The objective over log-probabilities that are there."""
+
+    def logprobs(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        return batch["logprobs"]
+
+
+@pytest.mark.parametrize("known", ["before", "by this pass"])
+def test_tokens_of_another_policy_are_weighted_back(known: str) -> None:
+    """Of an engine's, that is: wherever a token is drawn by it, the objective's gradient is as if the policy had drawn it. (That the
+    engine comes to other places in an answer is not weighted.)"""
     policy, engine = Tabular(), Tabular()
     noise = torch.randn(7, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     engine.logits = (engine.logits + 0.3 * noise).detach()
+    objective = OfTable(importance_cap=1e9)
+    one = torch.zeros(1, dtype=torch.int64)
     expected = torch.zeros(7, 2, dtype=torch.float64)
-    for answer in ANSWERS:
-        old, drawn = policy.logprobs(answer).detach().numpy(), engine.logprobs(answer).numpy()
-        weights = truncated_importance(np.array([old.sum()]), np.array([drawn.sum()]), most=1e9)
-        advantage = np.full(3, SCORES[answer] * weights[0])
-        expected += engine.chance(answer) * policy.gradient(on_policy_loss(policy, answer, advantage))
-    torch.testing.assert_close(-expected, policy.gradient_of_return(), rtol=1e-10, atol=1e-12)
+    for place, token in itertools.product(policy.state, (0, 1)):
+        answer = (*place, token, 0, 0)[:3]
+        now, drawn = (one_of.logprobs(answer)[len(place), None] for one_of in (policy, engine))
+        batch = {
+            "logprobs": now,
+            "advantages": torch.tensor([policy.value((*place, token))]),
+            "weights": torch.ones(1),
+            "target_document": one,
+            "last": one,
+        }
+        if known == "before":
+            weights = truncated_importance(now.detach().numpy(), drawn.numpy(), most=1e9)
+            batch |= {"old_logprobs": now.detach(), "importance": torch.from_numpy(weights)}
+        else:
+            batch["engine_logprobs"] = drawn
+        loss, _ = objective.loss(None, batch)  # type: ignore[arg-type]
+        comes_here = policy.logprobs(answer)[: len(place)].sum().exp()
+        expected += float(comes_here * drawn.exp()) * policy.gradient(loss)
+    torch.testing.assert_close(-expected, policy.gradient_of_return(), rtol=1e-5, atol=1e-7)
 
 
 def test_importance_is_truncated() -> None:

@@ -14,7 +14,7 @@ from rayft.data.template import ChatTokenizer
 from rayft.errors import DataError, StorageError
 from rayft.rlhf.experience import experience, score_with_rules, uniform_groups, weights_of
 from rayft.rlhf.finished import keep_finished, kept_finished, read_values
-from rayft.rlhf.layout import Prompts, lay_out
+from rayft.rlhf.layout import Prompts, lay_out, padding_of
 from rayft.rlhf.prompts import Prompt, PromptSet
 from rayft.rlhf.rollout import Rollout, asked_of, units_of
 from rayft.spec import Data, Job, parse_job
@@ -177,6 +177,8 @@ def test_every_answer_is_in_one_mini_batch_and_ranks_have_equally_many_micro_bat
         dealt = [i for own in mini_batch.ranks for micro_batch in own for i in micro_batch]
         assert sorted(dealt) == sorted(mini_batch.answers)
     assert lay_out(lengths, job, ranks=ranks, packed=packed, step=4) == mini_batches
+    padding = padding_of(mini_batches, lengths, packed=packed)
+    assert padding == 0.0 if packed else 0.0 < padding < 1.0
     assert lay_out(lengths, job, ranks=ranks, packed=packed, step=5) != mini_batches
 
 

@@ -106,6 +106,8 @@ def test_anything_but_numbers_is_refused(scores: Any) -> None:
 
 
 def test_a_reward_model_scores_as_the_verb_does(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
     from rayft.evals.score import score_rows
     from rayft.generate.scores import ScoreEngine, load_score_model
     from rayft.model.export import export_model
@@ -114,18 +116,26 @@ def test_a_reward_model_scores_as_the_verb_does(tmp_path: Path) -> None:
     job = job_of(save_tiny(tmp_path / "model"))
     reader, _ = checkpoint_of(job, tmp_path)
     export_model(reader, job_files(job, tmp_path / "cache"), job, tmp_path / "reward")
+    shows_tools = AutoTokenizer.from_pretrained(tmp_path / "reward")
+    shows_tools.chat_template = "{{ tools | tojson if tools else '' }}" + shows_tools.chat_template
+    shows_tools.save_pretrained(tmp_path / "reward")
+    tools = [[{"type": "function", "function": {"name": "add"}}], None]
     rows = [
-        {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
-        for prompt, answer in zip(PROMPTS, ["xx", "yyy"], strict=True)
+        {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}], "tools": own}
+        for prompt, answer, own in zip(PROMPTS, ["xx", "yyy"], tools, strict=True)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, tokenizer = load_score_model(str(tmp_path / "reward"))
     scored: Iterator[dict[str, Any]] = score_rows(
         str(tmp_path / "rows.jsonl"), [(ScoreEngine(model), tokenizer)], cache_dir=tmp_path
     )
-    found = ModelScorer(source(str(tmp_path / "reward"), "model"))(PROMPTS, ["xx", "yyy"], {})
+    scorer = ModelScorer(source(str(tmp_path / "reward"), "model"))
+    found = scorer(PROMPTS, ["xx", "yyy"], {"tools": tools})
     assert found == pytest.approx([row["scores"][0] for row in scored], rel=1e-6)
     assert found[0] != found[1]
+    without = scorer(PROMPTS, ["xx", "yyy"], {})
+    assert without[0] != pytest.approx(found[0], rel=1e-6)
+    assert without[1] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_a_reward_model_reads_the_text_in_its_own_tokens(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_what_a_forked_trial_may_change(key: str) -> None:
 
 def drawn(key: str, lag: int) -> dict[str, Any]:
     """A population over the key of a job that learns from rewards, with answers drawn ahead or not."""
-    groups = {
+    groups: dict[str, Any] = {
         **copy.deepcopy(RL),
         "rollout": {"engines": 1, "lag": lag},
         "placement": {"rollout": {"apart": True}},
@@ -184,11 +184,20 @@ def drawn(key: str, lag: int) -> dict[str, Any]:
         "rollout.temperature": [0.7, 1.0],
         "rewards.0.weight": [0.5, 1.0],
         "rollout.top_p": [0.8, 1.0],
+        "rollout.stop": [["."], ["!"]],
+        "rl.truncated": ["score", "mask"],
+        "rl.truncated_penalty": [-2.0, -3.0],
+        "rl.drop_uniform_groups": [False, True],
     }.get(key, [8, 16])
+    needed = {
+        "rl.truncated_penalty": {"truncated": "penalty"},
+        "rl.max_refills": {"drop_uniform_groups": True},
+    }
+    groups["rl"] = {**groups.get("rl", {}), **needed.get(key, {})}
     return {"space": {key: {"choice": values}}, "groups": groups, "scheduler": "pbt"}
 
 
-@pytest.mark.parametrize("key", SAME_WITH_LAG)
+@pytest.mark.parametrize("key", [*SAME_WITH_LAG[:-1], "rewards.0.weight"])
 def test_a_forked_trial_cannot_change_what_drew_the_answers_it_goes_on_with(key: str) -> None:
     search(**drawn(key, 0), metric="eval.score")
     assert f"{key} cannot be changed by the scheduler pbt under rollout.lag 1" in refused(
