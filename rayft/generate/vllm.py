@@ -155,6 +155,7 @@ class Reloading:
     """What vLLM's worker can do besides; it is mixed into its class."""
 
     model_runner: Any
+    vllm_config: Any
 
     def reload(self, weights: list[Named]) -> None:
         """Load weights into the model that runs.
@@ -162,9 +163,12 @@ class Reloading:
         A head that is tied to the embedding gets no weights of its own, and on a CPU it keeps a packed copy of the old ones
         (vLLM 0.32), so it is packed again.
         """
+        from vllm.config import set_current_vllm_config
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-        self.model_runner.reload_weights(weights_iterator=iter(weights))
+        # Kernels of some models look into the configuration when they lay out their weights.
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.reload_weights(weights_iterator=iter(weights))
         model = self.model_runner.get_model()
         if not self.model_runner.model_config.hf_config.get_text_config().tie_word_embeddings:
             return

@@ -35,7 +35,7 @@ def build_sharded(job: Job, files: ModelFiles, *, dtype: torch.dtype) -> nn.Modu
         parameter = parameters.get(name)
         if parameter is None:
             # Buffers are replicated, so every rank needs the value.
-            value = tensor.to(persistent[name].dtype) if reads else torch.empty_like(persistent[name])
+            value = tensor.to(persistent[name]) if reads else torch.empty_like(persistent[name])
             dist.broadcast(value, src=0)
             assign(model, name, value)
             continue

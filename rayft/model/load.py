@@ -35,6 +35,8 @@ def build_model(
     """
     with torch.device(device):
         module = build_empty(files, model, dtype=dtype, attention=attention)
+    # As the learner's are made, on the CPU: a GPU's powers differ in the last bits, and angles grow with the position.
+    restore_buffers(module)
     weights = Weights(files, module)
     for name in weights.names:
         assign(module, name, weights.read(name))
@@ -108,7 +110,7 @@ def enable_gradient_checkpointing(module: PreTrainedModel, *, reentrant: bool) -
 
 
 def restore_buffers(module: nn.Module) -> None:
-    """Compute the rotary frequencies again in fp32, after something cast the whole module to bf16.
+    """Compute the rotary frequencies again in fp32 on the CPU, after something cast the whole module to bf16 or made it elsewhere.
 
     `deepspeed.zero.Init` and, below stage 3, `deepspeed.initialize` do. `module` may be wrapped and sharded. In bf16 the
     frequencies are off by up to 0.4 %, which at position 1000 is several radians.

@@ -70,6 +70,8 @@ def choose(
     }
     if job.zero.stage != "auto":
         return Choice(job.zero.stage, "zero.stage says so", plans, limit)
+    if limit is None and len(only := _possible_stages(job)) == 1:
+        return Choice(only[0], "nobody to split with", plans, limit)
     if limit is None:
         raise JobError(
             "zero.stage auto needs to know the GPU.", "Set cluster.gpu, such as H100-80GB, or zero.stage."
@@ -109,10 +111,10 @@ def suggest(
 
 
 def memory_limit(job: Job, gpu: str | None = None) -> int | None:
-    """Bytes a rank has: the GPU's memory, or without GPUs an equal share of this machine's; None for an unnamed GPU."""
+    """Bytes a rank has: the GPU's memory or its part of it, or without GPUs an equal share of this machine's; None for an unnamed GPU."""
     name = job.cluster.gpu or gpu
     if job.cluster.gpus_per_worker > 0:
-        return find_gpu(name).memory if name else None
+        return int(find_gpu(name).memory * job.cluster.gpus_per_worker) if name else None
     import psutil
 
     return int(psutil.virtual_memory().total / job.cluster.max_workers)

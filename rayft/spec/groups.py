@@ -353,7 +353,10 @@ class Cluster(Group):
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         1, description="Ranks; [min, max] makes the run elastic."
     )
-    gpus_per_worker: NonNegativeFloat = Field(0, description="0 trains on CPU.")
+    gpus_per_worker: NonNegativeFloat = Field(
+        0,
+        description="0 trains on CPU; 1: a GPU for each rank; less: a part of one, the rest being for other runs or roles.",
+    )
     cpus_per_worker: PositiveFloat = Field(1, description="CPUs that Ray keeps for a rank.")
     threads_per_worker: PositiveInt | None = Field(
         None,
@@ -392,6 +395,19 @@ class Cluster(Group):
         if isinstance(value, tuple) and value[0] > value[1]:
             raise ValueError(f"[min, max] has min {value[0]} > max {value[1]}")
         return value
+
+    @model_validator(mode="after")
+    def _a_gpu_for_each(self) -> Cluster:
+        if self.gpus_per_worker > 1:
+            raise ValueError(
+                f"cluster.gpus_per_worker {self.gpus_per_worker:g}: a worker computes on one GPU; ask for more workers (num_workers)"
+            )
+        if 0 < self.gpus_per_worker <= 0.5 and self.max_workers > 1:
+            raise ValueError(
+                f"cluster.gpus_per_worker {self.gpus_per_worker:g} lets two workers come to lie on one GPU, between which NCCL makes no "
+                "connection; give more than 0.5, or one worker"
+            )
+        return self
 
     @property
     def min_workers(self) -> int:

@@ -262,6 +262,8 @@ class Job(Group):
                 raise ValueError(
                     "placement.rewards.gpus is for rewards that are models; a function or an endpoint takes none"
                 )
+            if (place.gpus or 0) > 1:
+                raise ValueError(f"placement.{name}.gpus {place.gpus:g}: a process computes on one GPU")
             given += 0.0 if place.apart else beside.get(name, 1) * (place.gpus or 0.0)
         if given and given >= self.cluster.gpus_per_worker:
             raise ValueError(

@@ -286,6 +286,9 @@ OF_VLLM = {
     "enable_lora": "adapter",
     "max_lora_rank": "adapter.lora_r",
     "max_loras": "nothing: there is one adapter",
+    "tensor_parallel_size": "more rollout.engines: an engine has one GPU",
+    "pipeline_parallel_size": "more rollout.engines: an engine has one GPU",
+    "data_parallel_size": "more rollout.engines",
     "logprobs_mode": "nothing: probabilities must be those that the trainer computes",
     "worker_extension_cls": "nothing: new weights are taken in by it",
 }

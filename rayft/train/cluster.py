@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import Any
 
 import ray
 
-from rayft.errors import ResourceError
+from rayft.errors import JobError, ResourceError
+from rayft.plan.gpus import find_gpu
 from rayft.spec import Cluster
+
+#: What Ray puts before the kind of a node's accelerators to make a resource of it.
+ACCELERATOR = "accelerator_type:"
 
 
 def connect(cluster: Cluster) -> None:
@@ -34,6 +39,17 @@ def connect(cluster: Cluster) -> None:
             "Ray did not start on this machine: its processes did not answer in time.",
             "Free memory or CPU (the machine is overloaded), and try again.",
         ) from error
+
+
+def reported_gpu() -> str | None:
+    """The GPU of the joined cluster's nodes, as the memory plan calls it; None where they have none that it knows, or several kinds."""
+    known = set()
+    for node in ray.nodes():
+        for resource in node["Resources"] if node["Alive"] else ():
+            if resource.startswith(ACCELERATOR):
+                with contextlib.suppress(JobError):  # some other accelerator, or a name that says no size
+                    known.add(find_gpu(resource.removeprefix(ACCELERATOR)).name)
+    return known.pop() if len(known) == 1 else None
 
 
 def worker_resources(cluster: Cluster) -> dict[str, float]:

@@ -26,6 +26,7 @@ from rayft.model.files import ModelFiles, job_files, load_config, load_tokenizer
 from rayft.plan.choose import choose_stage, scorer_architectures
 from rayft.spec import Job, Model, RewardSource
 from rayft.storage import node_cache_dir, open_store
+from rayft.train.cluster import reported_gpu
 from rayft.train.failures import as_rayft_error
 from rayft.train.group import RunPlan
 
@@ -217,7 +218,9 @@ def decide_packing(job: Job, config: Any) -> bool:
 def decide_stage(job: Job, files: ModelFiles) -> tuple[int, dict[str, Any]]:
     """The ZeRO stage (the job's, or the lowest that fits by the memory plan), and the plan for the run log."""
     try:
-        choice = choose_stage(job, files.folder, scorers=scorer_architectures(reward_model_folders(job)))
+        gpu = reported_gpu() if job.cluster.gpus_per_worker and ray.is_initialized() else None
+        scorers = scorer_architectures(reward_model_folders(job))
+        choice = choose_stage(job, files.folder, gpu=gpu, scorers=scorers)
     except JobError as error:
         # Only `auto` depends on the plan; a model that it does not know can be trained at a stage the job names.
         if job.zero.stage == "auto":

@@ -130,7 +130,7 @@ def profiles(draw: st.DrawFn) -> Profile:
 
 @st.composite
 def jobs(draw: st.DrawFn) -> Job:
-    gpus = draw(st.sampled_from([0, 0, 1, 1, 0.5, 2, 3]))
+    gpus = draw(st.sampled_from([0, 0, 1, 1, 0.75]))
     workers = draw(st.integers(1, 40))
     method = draw(st.sampled_from(["sft", "dpo", "reward", "grpo", "ppo"]))
     reinforced = method in ("grpo", "ppo")

@@ -283,7 +283,6 @@ def test_a_gpu_that_is_too_small_is_refused_with_what_helps() -> None:
     ("where", "overrides", "said"),
     [
         ("gpu", ["cluster.num_workers=65"], "asks for 65 workers, and profile gpu lets a run have 64"),
-        ("gpu", ["cluster.num_workers=64", "cluster.gpus_per_worker=2"], "asks for 128 GPUs"),
         ("gpu", ["cluster.gpu=B200-180GB"], "profile gpu has H100-80GB, L4-24GB"),
         ("cpu", ["cluster.num_workers=2"], "asks for 2 GPUs, and profile cpu lets a run have 0"),
         (
@@ -301,6 +300,13 @@ def test_a_gpu_that_is_too_small_is_refused_with_what_helps() -> None:
 def test_what_does_not_fit_the_fleet_is_refused(where: str, overrides: list[str], said: str) -> None:
     with pytest.raises(RayftError, match=said):
         render(job("sft_hub_gpu", *overrides), profile(where), architecture=large(), scorers={})
+
+
+def test_more_gpus_than_a_run_may_have_are_refused() -> None:
+    few = profile("gpu").model_copy(deep=True)
+    few.limits.gpus = 12
+    with pytest.raises(ResourceError, match="asks for 16 GPUs, and profile gpu lets a run have 12"):
+        render(job("sft_hub_gpu"), few, architecture=large(), scorers={})
 
 
 def test_a_checkpoint_that_does_not_fit_the_notice() -> None:

@@ -81,8 +81,10 @@ def test_a_trial_beyond_the_share_is_refused() -> None:
     )
     with pytest.raises(ResourceError, match=said):
         on_gpus("cluster.num_workers=40")
+    few = profile("gpu").model_copy(deep=True)
+    few.limits.gpus = 12
     with pytest.raises(ResourceError, match="A trial asks for 8 GPUs, and profile gpu lets a search have 6"):
-        on_gpus("tune.share=0.1", "cluster.num_workers=4", "cluster.gpus_per_worker=2")
+        render(job("tune_hub_gpu"), few, architecture=large(), scorers={})
 
 
 def test_processes_that_drive_trials_have_memory() -> None:

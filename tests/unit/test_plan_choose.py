@@ -72,6 +72,14 @@ def test_auto_needs_a_limit() -> None:
     with pytest.raises(JobError, match=r"zero\.stage auto needs to know the GPU. Set cluster\.gpu"):
         choose(job(), MODEL, None)
     assert choose(job(zero={"stage": 2}), MODEL, None).fits
+    alone = choose(job(1), MODEL, None)
+    assert alone.stage == 0, "one worker has nobody to split with, on whatever GPU"
+
+
+def test_a_part_of_a_gpu_has_a_part_of_its_memory() -> None:
+    parts = [{"num_workers": 2, "gpus_per_worker": part, "gpu": "H100-80GB"} for part in (1, 0.75)]
+    whole, some = (memory_limit(job(cluster=cluster)) for cluster in parts)
+    assert some == pytest.approx(0.75 * whole)
 
 
 def test_suggestions_fit_and_are_overrides(tmp_path: Path) -> None:

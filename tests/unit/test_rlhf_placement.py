@@ -41,25 +41,25 @@ def test_roles_apart_and_fractions() -> None:
         placement={
             "critic": {"apart": True},
             "reference": {"gpus": 0.25},
-            "rollout": {"apart": True, "gpus": 2, "cpus": 3},
+            "rollout": {"apart": True, "gpus": 0.5, "cpus": 3},
             "rewards": {"apart": True},
         },
     )
     assert made.bundles == [
         *[("policy", {"CPU": 4, "GPU": 1})] * 2,
         *[("critic", {"CPU": 4, "GPU": 1})] * 2,
-        *[("rollout", {"CPU": 3, "GPU": 2})] * 3,
+        *[("rollout", {"CPU": 3, "GPU": 0.5})] * 3,
         ("reward r", {"CPU": 1}),
     ]
     assert [spot.gpus for spot in made.spots["policy"]] == [0.75] * 2
     assert [spot.gpus for spot in made.spots["reference"]] == [0.25] * 2
     assert [(spot.bundle, spot.gpus, spot.threads) for spot in made.spots["rollout"]] == [
-        (4, 2, 3),
-        (5, 2, 3),
-        (6, 2, 3),
+        (4, 0.5, 3),
+        (5, 0.5, 3),
+        (6, 0.5, 3),
     ]
     assert made.spots["reward r"][0].device == "cpu"
-    assert made.devices == {"CPU": 4 * 4 + 3 * 3 + 1, "GPU": 2 + 2 + 3 * 2}
+    assert made.devices == {"CPU": 4 * 4 + 3 * 3 + 1, "GPU": 2 + 2 + 3 * 0.5}
 
 
 def test_what_can_never_fit_is_refused_with_the_arithmetic() -> None:

@@ -94,6 +94,22 @@ def test_what_the_methods_choose() -> None:
             {"rollout": {"engine": "vllm", "engines": 1, "vllm": {"logprobs_mode": "raw_logprobs"}}},
             "rollout.vllm.logprobs_mode contradicts what rayft sets",
         ),
+        (
+            "grpo",
+            {"rollout": {"engine": "vllm", "engines": 1, "vllm": {"tensor_parallel_size": 2}}},
+            "an engine has one GPU",
+        ),
+        ("grpo", {"cluster": {"gpus_per_worker": 2}}, "a worker computes on one GPU"),
+        ("grpo", {"cluster": {"gpus_per_worker": 0.5, "num_workers": 2}}, "NCCL makes no connection"),
+        (
+            "grpo",
+            {
+                "cluster": {"gpus_per_worker": 1},
+                "rollout": {"engines": 1},
+                "placement": {"rollout": {"apart": True, "gpus": 2}},
+            },
+            "placement.rollout.gpus 2: a process computes on one GPU",
+        ),
         ("grpo", {"placement": {"rollout": {"apart": True}}}, "without rollout.engines"),
         ("ppo", {"placement": {"critic": {"apart": True, "cpus": 2}}}, "what a rank of the policy has"),
         ("grpo", {"placement": {"rewards": {"cpus": 2}}}, "placement.rewards.cpus is for bundles"),
