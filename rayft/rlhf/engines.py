@@ -25,7 +25,7 @@ from rayft.model.load import build_empty
 from rayft.rlhf.placement import Spot
 from rayft.rlhf.plan import RlPlan
 from rayft.rlhf.rollout import Unit
-from rayft.rlhf.weights import Bucket, Receiver, Shipment, unpack
+from rayft.rlhf.weights import Bucket, Shipment, receive, unpack
 from rayft.spec import Job, Rollout
 from rayft.storage import node_cache_dir
 from rayft.train import setup
@@ -110,13 +110,12 @@ class TransformersCopy:
     def __init__(self, job: Job, files: ModelFiles, tokenizer: PreTrainedTokenizerBase, spot: Spot) -> None:
         module = setup.build_module(job, files, 0, spot.device)
         self._module = module.to(spot.device).eval().requires_grad_(False)
-        self._receiver = Receiver(self._module)
         self._rollout = job.rollout
         self._engine = TransformersEngine(self._module, tokenizer, batch_size=job.rollout.batch_size)
 
     def take(self, version: int, shipments: Sequence[Shipment]) -> tuple[list[str], dict[str, float]]:
         """See `Copy.take`."""
-        return self._receiver.take(shipments)
+        return receive(self._module, shipments)
 
     def draw(self, unit: Unit) -> list[Drawn]:
         """See `Copy.draw`."""

@@ -11,20 +11,7 @@ from torch import nn
 from rayft.rlhf.engines import Held
 from rayft.rlhf.group import Group
 from rayft.rlhf.pool import EnginePool
-from rayft.rlhf.weights import (
-    ALIGNMENT,
-    PIECE,
-    WHOLE,
-    Receiver,
-    Shipment,
-    Shipped,
-    in_one,
-    pieces_of,
-    placed,
-    ship,
-    unpack,
-    whole,
-)
+from rayft.rlhf.weights import PIECE, WHOLE, Shipment, Shipped, pieces_of, receive, ship, unpack, whole
 from tests.runs import wait_until
 
 #: Elements of bf16 (2 bytes): around the sizes at which a tensor is cut into pieces, and where it is not any more.
@@ -42,26 +29,16 @@ def model(seed: int) -> nn.Module:
     return module
 
 
-def sent_by_two_ranks(module: nn.Module) -> list[Shipment]:
-    named = [(name, p.data) for name, p in module.named_parameters()]
-    shipped = [ship([named[:4], named[4:]], rank, 2) for rank in (0, 1)]
-    assert [len(own.shipments) for own in shipped] == [1, 1]
-    return [shipment for own in shipped for shipment in own.shipments]
-
-
 def test_every_byte_arrives(local_ray: None) -> None:
     sent, held = model(0), model(1)
     named = [(name, p.data) for name, p in sent.named_parameters()]
-    receiver = Receiver(held)
-    receiver.take(sent_by_two_ranks(model(2)))
-    where = [p.data_ptr() for p in held.parameters()]
-    shipments = sent_by_two_ranks(sent)
+    shipped = [ship([named[:4], named[4:]], rank, 2) for rank in (0, 1)]
+    shipments = [shipment for own in shipped for shipment in own.shipments]
+    assert [len(own.shipments) for own in shipped] == [1, 1]
     wanted = [shipment.checksum for shipment in shipments]
-    assert receiver.take(shipments)[0] == wanted
-    for (name, tensor), there in zip(named, held.named_parameters(), strict=True):
-        assert there[0] == name
-        assert torch.equal(there[1], tensor), name
-    assert [p.data_ptr() for p in held.parameters()] == where, "the second version lies elsewhere"
+    assert receive(held, shipments)[0] == wanted
+    for (name, tensor), there in zip(named, held.parameters(), strict=True):
+        assert torch.equal(there, tensor), name
     unpacked, found, _ = unpack(shipments)
     assert found == wanted
     assert all(
@@ -88,7 +65,7 @@ class Engine:
     def take_weights(self, version: int, shipments: list[Shipment]) -> Held:
         module = nn.Module()
         module.register_parameter("p", nn.Parameter(torch.zeros(PIECE)))
-        return Held(version, *Receiver(module).take(shipments))
+        return Held(version, *receive(module, shipments))
 
 
 def test_a_version_whose_answers_are_drawn_is_given_up(local_ray: None) -> None:
@@ -108,29 +85,6 @@ def test_a_version_whose_answers_are_drawn_is_given_up(local_ray: None) -> None:
     finally:
         policy.kill()
         engines.kill()
-
-
-def test_a_bucket_is_one_copy(local_ray: None) -> None:
-    """It lies in the object store as in the memory of the engine's tensors, whatever their sizes."""
-    for shipment in sent_by_two_ranks(model(0)):
-        pieces = placed(shipment, ray.get(shipment.ref)[0])
-        assert len(pieces) > len(shipment.names) / 2
-        ((at, together),) = in_one(pieces)
-        assert at == 0
-        assert 0 <= together.nbytes - shipment.size < ALIGNMENT * len(shipment.names)
-        for start, piece in pieces:
-            assert np.array_equal(together[start : start + piece.nbytes], piece)
-
-
-def test_pieces_that_lie_otherwise_are_copied_one_by_one(
-    local_ray: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Should Ray ever lay them out in another way."""
-    held, shipments = model(1), sent_by_two_ranks(model(0))
-    apart = [[piece.copy() for piece in ray.get(shipment.ref)[0]] for shipment in shipments]
-    assert all(len(in_one(placed(*both))) > 1 for both in zip(shipments, apart, strict=True))
-    monkeypatch.setattr("rayft.rlhf.weights._fetch", lambda shipment: apart[shipments.index(shipment)])
-    assert Receiver(held).take(shipments)[0] == [shipment.checksum for shipment in shipments]
 
 
 def test_pieces_that_lie_apart_are_put_together() -> None:
