@@ -74,10 +74,8 @@ class VllmEngine:
         }
         try:
             self._llm: Any = LLM(**arguments)
-        except (
-            TypeError,
-            ValidationError,
-        ) as error:  # what is wrong with the machine is another error, and may pass
+        except (TypeError, ValidationError) as error:
+            # Of another kind are errors of the machine, such as memory that is not free yet; those may pass.
             raise JobError(
                 f"vLLM does not take its arguments: {_reason(error)}.",
                 "Correct rollout.vllm, whose keys are those of `vllm.LLM`, or what the job gives it (data.max_length).",

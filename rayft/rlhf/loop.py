@@ -285,8 +285,7 @@ class Loop:
             step.dropped.add(rollouts, scores_S, by_source, ~kept_S)
             if kept_P.all():
                 break
-        if issued:
-            self._tell("generated", number, issued)
+        self._tell("generated", number, issued)
         return step
 
     def _last_answers(self, number: int, position: int) -> Step:
@@ -297,7 +296,8 @@ class Loop:
 
     def _tell(self, what: Literal["issued", "generated"], number: int, rows: Sequence[int]) -> None:
         """How far the prompts of a step have come, for the log; what became of them stands in its ledger."""
-        self.recorder.row.remote({"kind": what, "step": number, "prompts": list(rows)})
+        if rows:  # else the epoch has ended before it
+            self.recorder.row.remote({"kind": what, "step": number, "prompts": list(rows)})
 
     def _keep_dropped(self, step: Step, number: int) -> None:
         if step.dropped.rollouts:
