@@ -70,13 +70,13 @@ def choose(
     }
     if job.zero.stage != "auto":
         return Choice(job.zero.stage, "zero.stage says so", plans, limit)
-    if limit is None and len(only := _possible_stages(job)) == 1:
-        return Choice(only[0], "nobody to split with", plans, limit)
+    possible = _possible_stages(job)
     if limit is None:
+        if len(possible) == 1:
+            return Choice(possible[0], "there is nobody to split with", plans, limit)
         raise JobError(
             "zero.stage auto needs to know the GPU.", "Set cluster.gpu, such as H100-80GB, or zero.stage."
         )
-    possible = _possible_stages(job)
     for stage in possible:
         if fits(plans[stage], limit):
             return Choice(stage, _reason(stage, possible, plans, limit), plans, limit)

@@ -187,13 +187,13 @@ class Rl(Group):
         made = self.model_copy(update=values)
         if made.advantage_estimator != "group" and self.advantage_scale is None:
             made.advantage_scale = None
-        if made.kl_weighted is None:
-            made.kl_weighted = made.kl_in == "loss" and made.kl_estimator != "k2"
         if not made.kl_coef:
-            own = {**choices, "kl_weighted": choices["kl_in"] == "loss" and choices["kl_estimator"] != "k2"}
+            own = {**choices, "kl_weighted": _kl_weighted(choices["kl_in"], choices["kl_estimator"])}
             for name in ("kl_in", "kl_estimator", "kl_weighted"):
-                if getattr(made, name) != own[name]:
+                if getattr(self, name) not in (None, own[name]):
                     raise ValueError(f"rl.{name} does nothing while rl.kl_coef is 0")
+        if made.kl_weighted is None:
+            made.kl_weighted = _kl_weighted(made.kl_in, made.kl_estimator)
         made._refuse_contradictions()
         return made
 
@@ -275,22 +275,26 @@ class Rl(Group):
             raise ValueError("rl.truncated_penalty needs rl.truncated penalty")
 
 
-#: Arguments of `vllm.LLM` that rayft sets, and what to use instead.
+def _kl_weighted(kl_in: str | None, estimator: str | None) -> bool:
+    return kl_in == "loss" and estimator != "k2"
+
+
+#: Arguments of `vllm.LLM` that rayft sets, and what to do instead.
 OF_VLLM = {
-    "model": "model.path",
-    "tokenizer": "model.tokenizer",
-    "dtype": "train.precision",
-    "max_model_len": "data.max_length",
-    "max_num_seqs": "rollout.batch_size",
-    "seed": "seed",
-    "enable_lora": "adapter",
-    "max_lora_rank": "adapter.lora_r",
-    "max_loras": "nothing: there is one adapter",
-    "tensor_parallel_size": "more rollout.engines: an engine has one GPU",
-    "pipeline_parallel_size": "more rollout.engines: an engine has one GPU",
-    "data_parallel_size": "more rollout.engines",
-    "logprobs_mode": "nothing: probabilities must be those that the trainer computes",
-    "worker_extension_cls": "nothing: new weights are taken in by it",
+    "model": "use model.path",
+    "tokenizer": "use model.tokenizer",
+    "dtype": "use train.precision",
+    "max_model_len": "use data.max_length",
+    "max_num_seqs": "use rollout.batch_size",
+    "seed": "use the job's seed",
+    "enable_lora": "use adapter.type",
+    "max_lora_rank": "use adapter.lora_r",
+    "max_loras": "there is one adapter",
+    "tensor_parallel_size": "an engine has one GPU, so use more rollout.engines",
+    "pipeline_parallel_size": "an engine has one GPU, so use more rollout.engines",
+    "data_parallel_size": "use more rollout.engines",
+    "logprobs_mode": "probabilities must be those that the trainer computes",
+    "worker_extension_cls": "new weights are taken in by it",
 }
 
 
@@ -358,9 +362,7 @@ class Rollout(Group):
                     "leave, and the trainer's are not"
                 )
             if ours := sorted(OF_VLLM.keys() & self.vllm.keys()):
-                raise ValueError(
-                    f"rollout.vllm.{ours[0]} contradicts what rayft sets; use {OF_VLLM[ours[0]]}"
-                )
+                raise ValueError(f"rollout.vllm.{ours[0]} contradicts what rayft sets: {OF_VLLM[ours[0]]}")
         elif self.vllm:
             raise ValueError("rollout.vllm is for engine vllm")
         if self.lag and not self.engines:

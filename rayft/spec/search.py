@@ -60,7 +60,6 @@ SAME_WITH_LAG = (
     "rollout.top_p",
     "rollout.top_k",
     "rollout.stop",
-    "rewards",
 )
 #: Parts of each dimension's probability at which its values are tried: the ends, and points that no rule is made for.
 ENDS_AND_BETWEEN = (0.0, 1.0, 0.381966, 0.618034)
@@ -419,8 +418,8 @@ def _scheduler_agrees(job: Job, tune: Tune) -> None:
 
 def _forks_agree(job: Job, tune: Tune) -> None:
     """Raise ValueError where a trial that goes on from another's state could not do so, or would not report what is asked for."""
-    same = re.compile("(" + "|".join(map(re.escape, SAME_WITH_LAG)) + r")(\.|$)")
-    if ahead := [key for key in tune.space if job.rollout.lag and same.match(key)]:
+    drawn = [key for key in tune.space if key in SAME_WITH_LAG or key.startswith("rewards.")]
+    if ahead := [key for key in drawn if job.rollout.lag]:
         raise ValueError(
             f"tune.space: {ahead[0]} cannot be changed by the scheduler {tune.scheduler} under rollout.lag {job.rollout.lag}: a "
             "trial goes on with answers that were drawn ahead under the other's value; set rollout.lag to 0"

@@ -139,7 +139,12 @@ def differences(theirs: Job, own: Job) -> list[str]:
         if _value(theirs, key) != _value(own, key)
     ]
     shares = [[(source.weight, source.replay) for source in job.data.train] for job in (theirs, own)]
-    return found + (["the weights of data.train"] if shares[0] != shares[1] else [])
+    if shares[0] != shares[1]:
+        found.append("the weights of data.train")
+    scoring = [[(source.name, source.type, source.weight) for source in job.rewards] for job in (theirs, own)]
+    if own.rollout.lag and scoring[0] != scoring[1]:
+        found.append("rewards, by which answers drawn ahead are scored")
+    return found
 
 
 def forked_state(state: dict[str, Any], theirs: Job, own: Job) -> dict[str, Any]:

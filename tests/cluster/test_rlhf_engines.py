@@ -119,7 +119,7 @@ def test_ranks_stages_and_places_change_nothing_but_rounding(
     }
     data = {"train": [{"path": str(folder / "prompts.jsonl")}], "max_length": 96}
     groups["data"] = {**data, "eval": [{"path": str(folder / "prompts.jsonl"), "limit": 4}]}
-    part = {"apart": True, "cpus": 0.25}
+    part = {"apart": True, "cpus": 0.2}
     places = {"critic": {"apart": True}, "rollout": part, "rewards": part}
     kind = adapter["type"]
     if kind == "none":
@@ -138,7 +138,7 @@ def test_ranks_stages_and_places_change_nothing_but_rounding(
         f"spread-{kind}",
         "ppo",
         rewards=[{**scorer, "workers": 2}],
-        cluster={"num_workers": 2, "cpus_per_worker": 0.25},
+        cluster={"num_workers": 2, "cpus_per_worker": 0.2},
         zero={"stage": 3},
         placement=places,
         **groups,

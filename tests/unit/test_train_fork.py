@@ -12,7 +12,7 @@ from rayft.checkpoint import Lease
 from rayft.errors import JobError, StorageError
 from rayft.spec import Job, changed_keys, dump_job, parse_job
 from rayft.storage import LocalStore, Store
-from rayft.train.fork import find_fork, forked_state, refuse_lost_beginning
+from rayft.train.fork import differences, find_fork, forked_state, refuse_lost_beginning
 from tests import checkpoints
 
 ORIGIN: dict[str, Any] = {
@@ -146,3 +146,15 @@ def test_a_fork_does_not_begin_again_from_the_base_model() -> None:
     refuse_lost_beginning(job(checkpoint={"fork_from": "runs/a@4"}), 4)
     with pytest.raises(StorageError, match="began as a fork"):
         refuse_lost_beginning(job(checkpoint={"fork_from": "runs/a@4"}), None)
+
+
+def test_answers_drawn_ahead_must_have_been_drawn_and_scored_alike() -> None:
+    def ahead(lag: int, weight: float = 1.0, **rollout: Any) -> Job:
+        judge = {"name": "judge", "type": "http", "path": "http://127.0.0.1:1", "weight": weight}
+        groups = {"rewards": [judge], "rollout": {"engines": 1, "lag": lag, **rollout}}
+        return job(method="grpo", adapter={"type": "none"}, **groups)
+
+    assert differences(ahead(1), ahead(1)) == []
+    assert differences(ahead(1), ahead(1, weight=0.5)) == ["rewards, by which answers drawn ahead are scored"]
+    assert differences(ahead(1), ahead(1, top_k=5)) == ["rollout.top_k: None -> 5"]
+    assert differences(ahead(0), ahead(0, weight=0.5, top_k=5)) == []
