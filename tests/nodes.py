@@ -61,6 +61,13 @@ class Nodes:
 
     def holding(self, actor: str) -> list[str]:
         """Ids of the nodes, but the head, on which live actors of a class run."""
+        return sorted(set(self._places(actor)) - {self.head})
+
+    def alive(self, actor: str) -> int:
+        """How many live actors of a class there are, as Ray counts: a process that is on its way out is none."""
+        return len(self._places(actor))
+
+    def _places(self, actor: str) -> list[str]:
         from ray._private.state import GlobalState
         from ray._raylet import GcsClientOptions
 
@@ -72,10 +79,9 @@ class Nodes:
         )
         try:
             table = state.actor_table(None, None, "ALIVE").values()
-            found = {row["Address"]["NodeID"] for row in table if row["ActorClassName"] == actor}
+            return [row["Address"]["NodeID"] for row in table if row["ActorClassName"] == actor]
         finally:
             state.disconnect()
-        return sorted(found - {self.head})
 
     def take(self, node_id: str) -> None:
         """One of the first nodes dies, without a word."""

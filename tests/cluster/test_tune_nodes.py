@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from rayft.storage import open_store
@@ -35,16 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_folder(tmp_path_factory.mktemp("nodes"))
 
 
-def workers() -> int:
-    """Worker processes of trials that are alive now."""
-    found = 0
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            found += alive and "TrainWorker" in " ".join(process.cmdline())
-    return found
-
-
 def test_trials_of_two_workers_share_five_slots(folder: Path, nodes: Nodes) -> None:
     """Two run at a time, the third waits and says for what; the fifth slot stays free, and all come to their end."""
     tune = {"space": {RATE: {"grid": [1e-3, 2e-3, 3e-3]}}, "searcher": "grid"}
@@ -54,7 +42,7 @@ def test_trials_of_two_workers_share_five_slots(folder: Path, nodes: Nodes) -> N
     with rayft("tune", str(path), log=folder / "slots.log", RAY_ADDRESS=nodes.address) as search:
         deadline = time.monotonic() + SEARCH_S
         while search.process.poll() is None and time.monotonic() < deadline:
-            most = max(most, workers())
+            most = max(most, nodes.alive("RayTrainWorker"))
             time.sleep(0.2)
         assert search.wait(1) == 0, search.output()
     assert most == 4, f"{most} workers at once"
