@@ -36,7 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_trials_of_two_workers_share_five_slots(folder: Path, nodes: Nodes) -> None:
     """Two run at a time, the third waits and says for what; the fifth slot stays free, and all come to their end."""
     tune = {"space": {RATE: {"grid": [1e-3, 2e-3, 3e-3]}}, "searcher": "grid"}
-    job = search_of(folder, "slots", tune, cluster={"num_workers": 2}, zero={"stage": 2})
+    # Long enough that the second begins before the first ends, however late its processes are.
+    job = search_of(
+        folder, "slots", tune, cluster={"num_workers": 2}, zero={"stage": 2}, train={"max_steps": 30}
+    )
     path, uri = write_job(job, folder / "slots.yaml"), folder / "runs" / "slots"
     most = 0
     with rayft("tune", str(path), log=folder / "slots.log", RAY_ADDRESS=nodes.address) as search:
