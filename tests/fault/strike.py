@@ -1,7 +1,8 @@
 """`rayft run JOB` that loses a process at given moments: `python -m tests.fault.strike JOB STRIKES LOG`.
 
 STRIKES is a JSON file, a list of [whom, when], which gets shorter with every strike: whom is a role, `node` (one that a rank of the
-policy is on) or `driver`, when is one of the phases below. Between two strikes a step is taken.
+policy is on) or `driver`, when is one of the phases below. The first comes before there is a checkpoint, unless its phase is the
+writing of one; between two strikes a step is taken and a checkpoint is committed, so that each goes back to another one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from rayft.checkpoint import latest
 from rayft.cli import main
 from rayft.rlhf import group, loop
 from tests.processes import below
@@ -59,27 +61,36 @@ def kill_node_of(process: psutil.Process) -> None:
 
 
 class Striker:
-    """Strikes at the first call of the phase that is up, once a step has been taken since the last strike and what it took is there
-    again."""
+    """Strikes at the first call of the phase that is up, once a step has been taken and a checkpoint been committed since the last
+    strike, and what it took is there again."""
 
     def __init__(self, file: Path, log: Path) -> None:
         self._file, self._log = file, log
         self._left: list[list[str]] = json.loads(file.read_text())
+        self._struck = bool(log.read_text())
         self._steps = 0
+        self._saved: int | None = None
+        self._gone_back_to: int | None = None
+        self._unknown = self._struck
 
-    def step(self) -> None:
-        """A step is done."""
+    def step(self, saved: int | None) -> None:
+        """A step is done; saved: that of the newest checkpoint."""
         self._steps += 1
+        self._saved = saved
+        if self._unknown:  # a driver that was started again: nothing is committed in its first step
+            self._gone_back_to, self._unknown = saved, False
 
     def called(self, method: str) -> None:
         """A method was called somewhere."""
         if not self._left or self._steps == 0 or PHASES[self._left[0][1]] != method:
             return
+        if self._struck and self._saved == self._gone_back_to:
+            return
         whom, when = self._left[0]
         if whom in ACTORS and not processes(ACTORS[whom]):
             return  # the one before has taken it, and nobody has needed it since
         self._left.pop(0)
-        self._steps = 0
+        self._steps, self._struck, self._gone_back_to = 0, True, self._saved
         self._file.write_text(json.dumps(self._left))
         with self._log.open("a") as file:
             file.write(f"{whom} {when}\n")
@@ -102,7 +113,7 @@ def install(striker: Striker) -> None:
 
     def recording(self: loop.Loop, *arguments: Any) -> None:
         record(self, *arguments)
-        striker.step()
+        striker.step(latest(self.store))
 
     group.Task.ask = asking  # type: ignore[method-assign]
     loop.Loop._record = recording  # type: ignore[method-assign]

@@ -23,7 +23,7 @@ from tests.runs import ROOT, assert_same_state, events, rayft, write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-STEPS = 14
+STEPS = 20
 #: Layout -> rollout group, roles that hold nothing of their own, phases.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "apart": {"engines": 2, "lag": 1},
@@ -136,8 +136,11 @@ def check(folder: Path, layout: str, strikes: list[list[str]], name: str, nodes:
     )
     rebuilt = sum(whom in ("policy", "critic", "node") for whom, _ in strikes)
     assert len(events(open_store(uri), "failure")) <= rebuilt, "a loss was charged for more than once"
+    again = [whom in ("policy", "critic", "node", "driver") for whom, _ in strikes]
     resumes = len(events(open_store(uri), "resume"))
-    assert resumes >= rebuilt + sum(whom == "driver" for whom, _ in strikes), "a new start is not in the log"
+    starts = len(events(open_store(uri), "start")) + resumes
+    assert starts >= 1 + sum(again), "a new start is not in the log"
+    assert resumes >= sum(again[1:]), "only the first strike comes before there is a checkpoint"
     for whom, _ in strikes:
         if whom not in ("driver", "node"):
             assert f"the role {whom}" in said, said
