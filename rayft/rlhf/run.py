@@ -216,11 +216,6 @@ class Driver:
             rows = ray.get(self.recorder.since.remote(self._shown), timeout=ASK_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError:
             return  # a storage that stalls keeps the recorder; what is not shown now is shown later
-        except ray.exceptions.RayActorError as error:
-            raise WorkerError(
-                "The process that writes the run's log died.",
-                "Run again to resume from the last checkpoint; the cluster's logs say why it died.",
-            ) from error
         self._shown += len(rows)
         for row in rows:
             self._progress.row(row)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import ray
+
 from rayft.errors import (
     DivergedError,
     JobError,
@@ -41,6 +43,24 @@ def as_rayft_error(error: BaseException, max_failures: int) -> RayftError:
     return WorkerError(
         f"The workers failed more than {max_failures} times; the last failure was: {_last_line(text)}.",
         "Run again to resume from the last checkpoint; --debug shows the traceback.",
+    )
+
+
+def as_lost_recorder(error: BaseException) -> BaseException:
+    """What an actor's end means that nothing else has made an error of: the recorder's, without which a run has no log. Every other
+    error as it is, also that of a recorder that could not begin."""
+    lost = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+    if not isinstance(error, lost) or getattr(error, "actor_init_failed", False):
+        return error
+    text = str(error)
+    if "OutOfMemory" in text or "low on memory" in text or "memory monitor" in text:
+        return NodeMemoryError(
+            f"The driver's node ran out of memory, and the process that writes the run's log was killed: {_memory_line(text)}.",
+            "See what else runs there, and run again to resume from the last checkpoint.",
+        )
+    return WorkerError(
+        "The process that writes the run's log died.",
+        "Run again to resume from the last checkpoint; the cluster's logs say why it died.",
     )
 
 

@@ -26,6 +26,7 @@ from rayft.train import fork
 from rayft.train.account import owner_of_run
 from rayft.train.cluster import connect, refuse_impossible
 from rayft.train.draining import as_taken_away
+from rayft.train.failures import as_lost_recorder
 from rayft.train.finish import finish, show_result
 from rayft.train.history import End, EndedBefore, already_ended, refuse_other_origin, take_job
 from rayft.train.link import Link
@@ -122,7 +123,7 @@ def _run(
     except EndedBefore:
         raise
     except BaseException as raised:
-        error = as_taken_away(raised)
+        error = as_lost_recorder(as_taken_away(raised))
         if isinstance(error, RayftError):
             _record_end(recorder, store, error.code, error.message, terminal=error.terminal)
         else:

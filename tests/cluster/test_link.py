@@ -20,6 +20,7 @@ from rayft.report.log import read_log
 from rayft.spec import Job
 from rayft.storage import open_store
 from rayft.train import watch
+from rayft.tune.leftover import give_back_leftovers
 from tests.cluster.rewards import prepare_folder as prepare_prompts
 from tests.cluster.rewards import rl_job
 from tests.cluster.steps import prepare_folder, small_job
@@ -187,6 +188,8 @@ def test_a_run_in_an_actor_ends_with_it(folder: Path, whole: Path) -> None:
     os.kill(pid, signal.SIGKILL)
     wait_until("the workers to die with it", lambda: not processes("TrainWorker"), timeout_s=60)
     assert max(losses(store)) == 2
+    # As a search does, since Ray does not: the next tests need this room.
+    wait_until("the room that it held to be given back", lambda: give_back_leftovers() == 1, timeout_s=60)
     driver = ray.remote(Driver).options(num_cpus=0).remote()
     ray.get(driver.start.remote(job(folder, "driven")), timeout=60)
     ray.get(driver.gate.remote(2), timeout=240)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import ray
 import torch
 
 from rayft.errors import (
@@ -17,7 +18,7 @@ from rayft.errors import (
     StorageError,
     WorkerError,
 )
-from rayft.train.failures import as_rayft_error, worker_failure
+from rayft.train.failures import as_lost_recorder, as_rayft_error, worker_failure
 
 
 class OutOfMemoryError(Exception):
@@ -34,6 +35,19 @@ def test_a_node_without_memory_is_worth_another_try() -> None:
     own = worker_failure(torch.OutOfMemoryError("CUDA out of memory"))
     assert isinstance(own, MemoryExceededError)
     assert (own.code, own.terminal) == (7, True)
+
+
+def test_a_recorder_that_is_lost() -> None:
+    killed = ray.exceptions.OutOfMemoryError(
+        "7 worker(s) were killed due to the node running low on memory. Memory on the node was 22.76GB used / 23.54GB limit.\nMore."
+    )
+    error = as_lost_recorder(killed)
+    assert isinstance(error, NodeMemoryError)
+    assert "22.76GB used / 23.54GB limit" in str(error)
+    assert "More" not in str(error)
+    assert isinstance(as_lost_recorder(ray.exceptions.ActorDiedError()), WorkerError)
+    for other in (KeyError("step"), JobError("no"), ray.exceptions.GetTimeoutError("late")):
+        assert as_lost_recorder(other) is other
 
 
 def test_a_rayft_error_is_found_below_what_wraps_it() -> None:
