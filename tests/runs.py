@@ -54,14 +54,18 @@ class Started:
                 self._seen[process.pid] = process
         return [p for p in self._seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
-    def workers(self) -> list[psutil.Process]:
-        """Ray Train's worker processes of the current group."""
+    def actors(self, sign: str) -> list[psutil.Process]:
+        """Live processes of Ray with a sign in their title, such as an actor's class."""
         found = []
         for process in self.tree():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "TrainWorker" in " ".join(process.cmdline()):
+                if sign in " ".join(process.cmdline()):
                     found.append(process)
         return found
+
+    def workers(self) -> list[psutil.Process]:
+        """Ray Train's worker processes of the current group."""
+        return self.actors("TrainWorker")
 
     def kill_tree(self) -> None:
         """SIGKILL everything at once, as a node that loses power."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from rayft.spec import Job
 from rayft.storage import open_store
 from tests.cluster import rewards, steps
-from tests.runs import Started, assert_same_state, losses, rayft, send, step_reached, wait_until, write_job
+from tests.runs import assert_same_state, losses, rayft, send, step_reached, wait_until, write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -32,15 +30,6 @@ def grpo(folder: Path) -> Callable[..., Job]:
     return partial(rewards.rl_job, folder, "grpo", rewards=[rewards.function(folder, "slow")], train=train)
 
 
-def recorders(run: Started) -> list[psutil.Process]:
-    found = []
-    for process in run.tree():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "ray::Recorder" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
-
-
 @pytest.mark.parametrize("make", [sft, pytest.param(grpo, marks=pytest.mark.full)])
 def test_it_ends_with_9_and_goes_on(make: Any, tmp_path: Path) -> None:
     job = make(tmp_path)
@@ -51,8 +40,8 @@ def test_it_ends_with_9_and_goes_on(make: Any, tmp_path: Path) -> None:
 
     store = open_store(tmp_path / "runs" / "lost")
     with start("lost") as run:
-        wait_until("step 6", step_reached(store, 5), run)
-        [recorder] = recorders(run)
+        wait_until("step 5", step_reached(store, 5), run)
+        [recorder] = run.actors("ray::Recorder")
         send(recorder, signal.SIGKILL)
         assert run.wait() == 9, run.output()
         [sentence] = [line for line in run.output().splitlines() if line.startswith("rayft run:")]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from rayft.checkpoint import latest
@@ -15,7 +13,6 @@ from rayft.report.log import read_all, read_log
 from rayft.storage import open_store
 from tests.cluster.rewards import function, prepare_folder, rl_job
 from tests.runs import (
-    Started,
     assert_same_state,
     events,
     rayft,
@@ -42,16 +39,6 @@ KINDS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "grpo_lora_ahead": ("grpo", {**GRPO, **AHEAD}, ["PolicyActor"]),
     "reinforce": ("reinforce++", {"zero": {"stage": 0}}, ["PolicyActor"]),
 }
-
-
-def processes(run: Started, name: str) -> list[psutil.Process]:
-    """Ray actors of a class."""
-    found = []
-    for process in run.tree():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if f"ray::{name}" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
 
 
 def job_file(folder: Path, kind: str, name: str) -> tuple[Path, Path]:
@@ -114,7 +101,7 @@ def test_killed_runs_change_nothing(kind: str, tmp_path: Path) -> None:
     with rayft("run", str(path), log=folder / "killed.log") as run:
         for number, role in enumerate(roles):
             wait_until(f"attempt {number + 2} at work", lambda n=number: at_work(killed, n + 2), run)
-            send(processes(run, role)[-1], signal.SIGKILL)
+            send(run.actors(f"ray::{role}")[-1], signal.SIGKILL)
         assert run.wait() == 0, run.output()
     assert len(events(open_store(killed), "failure")) == len(roles)
     assert len(events(open_store(killed), "resume")) == len(roles) + 1
